@@ -1,0 +1,276 @@
+r"""The denoised likelihood: a twist from what the network already says about x_0.
+
+Given x_t, the data is about :math:`x_0 \sim N(\hat x_0(x_t), C_t)`. A Gaussian observation with
+residual r, operator A and noise D (``observations.py``) then looks ahead by
+
+.. math:: \log \psi_t(x_t) = \log N(r; 0, D + A C_t A^\top),
+
+and everything else by the log-mean-exp of the program over draws of x_0. Leaving out C_t makes the
+twist overconfident: its weights may have infinite variance (Wu et al. 2023, arXiv 2306.17775, is the
+case C_t = 0; Boys et al. 2024, arXiv 2310.06721, the case of a full Jacobian).
+
+C_t is that of the *discretised* chain: with K the slope of the observations in the next state and R the
+covariance that remains given it, :math:`D + A C_t A^\top = R + K V K^\top`, so that twist, kernel and
+proposal agree exactly wherever the model is linear and Gaussian.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from smcdiff.process import is_deterministic
+from smcdiff.program import Program
+from smcdiff.twist import Twist, TwistValue, View
+
+from .linear_gaussian import (
+    Covariance,
+    law_covariance,
+    log_normal,
+    plated,
+    stack,
+    stack_covariances,
+)
+from .observations import Observations, constant_operator, observe, operator, stacked_levels
+
+CovarianceName = Literal["auto", "none", "scalar", "diagonal", "jacobian"]
+FEW_OBSERVATIONS = 4  # up to here a backward pass per observation is worth its price
+
+
+class DenoisedLikelihood(Twist):
+    r"""The program's likelihood at the denoised estimate.
+
+    Args:
+        covariance: C_t. ``"none"``: zero. ``"scalar"``: :math:`c_t I`, for data of the process's
+            scale. ``"diagonal"``: the elements' own variances, from one backward pass (row sums of the
+            Jacobian). ``"jacobian"``: :math:`(\sigma_t^2/\alpha_t)\, d\hat x_0/d x_t` in full: in
+            closed form where the process has it, else by one backward pass per observation.
+            ``"auto"``: the Jacobian where it is closed-form or there are few observations, else
+            scalar.
+        num_draws: draws of x_0 for sites that are not Gaussian (0: evaluate at the mean).
+        gradient: whether the proposal will want gradients.
+    """
+
+    def __init__(
+        self, covariance: CovarianceName = "auto", num_draws: int = 8, gradient: bool = True
+    ) -> None:
+        names = ("auto", "none", "scalar", "diagonal", "jacobian")
+        if covariance not in names:
+            raise ValueError(f"covariance must be one of {names}, but got {covariance!r}")
+        self.covariance, self._draws, self.gradient = covariance, num_draws, gradient
+
+    def prepare(self, program: Program) -> None:
+        noised = {n for n, p in program.processes.items() if p.signal(program.num_steps)}
+        self.names = tuple(n for n in program.processes if not program.sources[n].discrete)
+        linear = noised == set(self.names)
+        self.sites = tuple(
+            n for n in program.gaussian_sites if linear and self._follows(program, n)
+        )
+        upstream = set(program.latents) - program.downstream
+        self.others = tuple(
+            n for n in program.likelihoods if n not in self.sites and n not in upstream
+        )
+        followed = set().union(*(program.likelihoods[n].parents for n in self.others))
+        self._averages = bool(followed & set(program.processes))
+        self.operator, size = None, 0
+        if self.sites:
+            self.operator, size = constant_operator(program, self.sites, self.names)
+        self.closed = all(program.processes[n].closed_form for n in self.names)
+        self.mode = self._choose(size)
+        self._by_slope = self.mode == "jacobian" or (self.mode == "diagonal" and self.closed)
+        through_network = bool(followed & set(self.names)) or (self.sites and not self._by_slope)
+        measured = self.mode in ("diagonal", "jacobian") and not self.closed
+        self.needs_gradient = bool(self.gradient and through_network) or measured
+        self.needs_program_gradient = bool(self.sites) and self.operator is None
+
+    def _follows(self, program: Program, site: str) -> bool:
+        return program.likelihoods[site].parents & set(program.processes) <= set(self.names)
+
+    def _choose(self, num_observations: int) -> CovarianceName:
+        if not self.sites:
+            return "none"
+        if self.covariance != "auto":
+            return self.covariance
+        return "jacobian" if self.closed or num_observations <= FEW_OBSERVATIONS else "scalar"
+
+    @property
+    def num_draws(self) -> int:
+        return self._draws if self._averages else 0
+
+    def evaluate(self, view: View) -> TwistValue:
+        others = self._average(view)
+        log_psi, surrogate, cache = others, others, {}
+        if self.sites:
+            seen = observe(view.execution, self.sites, view.batch)
+            matrix = self._matrix(view, seen)
+            slope, noise = self.linearise(view, matrix, seen, view.t - 1)
+            variance = law_covariance({n: view.kernels[n].law for n in self.names})
+            spread = noise if variance is None else noise + slope @ variance.times(slope).mT
+            likelihood, solved = log_normal(seen.residual, spread)
+            solved = solved.detach()
+            log_psi = log_psi + likelihood  # differentiable in the latents, for rejuvenation
+            cache = {"slope": _rows(slope, view.batch), "noise": _rows(noise, view.batch)}
+            if self._by_slope:
+                cache["direction"] = (slope.mT @ solved[..., None])[..., 0]
+            else:
+                surrogate = surrogate - (solved * seen.residual).sum(-1)
+            if view.t == view.program.num_steps:
+                cache |= self._for_the_start(view, matrix, seen)
+        if self.gradient and surrogate.requires_grad and self._moves(view):
+            gradient = stack(view.gradient(surrogate.sum())) * self._advance(view)
+            cache["direction"] = cache.get("direction", 0.0) + gradient
+        return TwistValue(log_psi, cache)
+
+    def _average(self, view: View) -> Float64[Tensor, " particle"]:
+        """Log-mean-exp over draws of everything that is not linearised."""
+        log_prob = view.log_prob(*self.others)
+        if view.num_estimates == 1:
+            return log_prob[0]
+        draws = log_prob[1:] if self.names else log_prob
+        return torch.logsumexp(draws, 0) - math.log(len(draws))
+
+    def _moves(self, view: View) -> bool:
+        return not all(is_deterministic(view.kernels[n].law) for n in self.names)
+
+    def _advance(self, view: View) -> Tensor | float:
+        """d x_t / d x_{t-1} along the denoiser's level sets: turns gradients at t into t - 1."""
+        if any(view.processes[n].signal(view.t) is None for n in self.names):
+            return 1.0
+        slopes = [
+            stacked_levels(view.program, self.names, view.x, t, "slope")
+            for t in (view.t - 1, view.t)
+        ]
+        return slopes[0] / slopes[1]
+
+    def _for_the_start(self, view: View, matrix: Tensor, seen: Observations) -> dict[str, Tensor]:
+        """What a twisted start needs: the look-ahead from x_T itself."""
+        slope, noise = self.linearise(view, matrix, seen, view.t)
+        parts = {"start_slope": slope, "start_noise": noise, "start_residual": seen.residual}
+        return {k: _rows(v, view.batch) for k, v in parts.items()}
+
+    def _matrix(self, view: View, seen: Observations) -> Tensor:
+        if self.operator is not None:
+            return self.operator
+        return operator(view.execution, seen.mean, view.batch, self.names).detach()
+
+    # ---------------------------------------------------------------- K and R of the next state
+
+    def linearise(
+        self, view: View, matrix: Tensor, seen: Observations, t: int
+    ) -> tuple[Tensor, Tensor]:
+        """The slope and the noise of the observations in a state at t <= view.t."""
+
+        def level(field: str, at: int = t) -> Tensor:
+            return stacked_levels(view.program, self.names, view.x, at, field)
+
+        slope, variance = level("slope"), level("variance")
+        if self.mode == "none":
+            return matrix * slope, seen.noise
+        if self.mode == "scalar":
+            return matrix * slope, seen.noise + (matrix * variance) @ matrix.mT
+        ratio = variance / (slope * level("sigma") ** 2 / level("alpha")).clamp(min=1e-300)
+        closed = self._closed_form(view)
+        if closed is not None:
+            if t == 0:
+                return matrix, seen.noise
+            times = self._times_after(closed, matrix, view, t)
+            scaled = self._times_after(closed, matrix * ratio.sqrt(), view, t) * ratio.sqrt()
+            gain = level("alpha") / level("sigma") ** 2
+            return times * gain, seen.noise + scaled @ matrix.mT
+        if self.mode == "diagonal":
+            return self._diagonal(view, matrix, seen, t, ratio)
+        return self._by_backward(view, matrix, seen, t, ratio)
+
+    def _closed_form(self, view: View) -> Covariance | None:
+        """C_t, where every process knows it."""
+        if not self.closed:
+            return None
+        parts = []
+        for name in self.names:
+            covariance = view.kernels[name].covariance
+            assert covariance is not None
+            diagonal, factor = covariance()
+            parts.append(plated(diagonal.detach().double(), factor.detach().double()))
+        whole = stack_covariances(parts)
+        if self.mode == "diagonal" and whole.factor is not None:
+            return Covariance(whole.diagonal + whole.factor.square().sum(-1))
+        return whole
+
+    def _gain(self, view: View, t: int) -> Tensor:
+        """How much the signal-to-noise ratio rises from view.t to t."""
+        now = [view.processes[n].signal(view.t) for n in self.names]
+        then = [view.processes[n].signal(t) for n in self.names]
+        parts = {
+            n: torch.full_like(view.x[n][:1], b.precision - a.precision, dtype=torch.float64)
+            for n, a, b in zip(self.names, now, then, strict=True)
+            if a is not None and b is not None
+        }
+        return stack(parts)[0]
+
+    def _times_after(self, now: Covariance, rows: Tensor, view: View, t: int) -> Tensor:
+        """Rows times the covariance of x_0 given the state at t, for locally Gaussian data.
+
+        (C^-1 + gain)^-1 = C - C (gain^-1 + C)^-1 C.
+        """
+        product = now.times(rows)
+        if t == view.t:
+            return product
+        inflated = Covariance(now.diagonal + 1 / self._gain(view, t), now.factor)
+        return product - now.times(inflated.divide(product))
+
+    def _diagonal(
+        self, view: View, matrix: Tensor, seen: Observations, t: int, ratio: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Row sums of the Jacobian in place of its diagonal (Boys et al. 2024, section 3.3)."""
+        total = torch.cat(
+            [view.execution.states[n][: view.batch].flatten(1) for n in self.names], 1
+        )
+        sums = stack(view.gradient(total.sum())).clamp(min=0)
+        covariance = sums * self._tweedie(view)
+        after = covariance / (1 + self._gain(view, t) * covariance)
+        if t == 0:
+            return matrix, seen.noise
+        gain = stacked_levels(view.program, self.names, view.x, t, "alpha")
+        gain = gain / stacked_levels(view.program, self.names, view.x, t, "sigma") ** 2
+        weighted = matrix * (after * ratio)[:, None, :]
+        return matrix * (after * gain)[:, None, :], seen.noise + weighted @ matrix.mT
+
+    def _tweedie(self, view: View) -> Tensor:
+        """sigma_t^2 / alpha_t: turns the denoiser's slope into a covariance."""
+        sigma = stacked_levels(view.program, self.names, view.x, view.t, "sigma")
+        return sigma**2 / stacked_levels(view.program, self.names, view.x, view.t, "alpha")
+
+    def _by_backward(
+        self, view: View, matrix: Tensor, seen: Observations, t: int, ratio: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One backward pass per observation; one step on in the space of the observations."""
+        rows = torch.stack(
+            [stack(view.gradient(column.sum())) for column in seen.mean.unbind(-1)], 1
+        )
+        if t == 0:
+            return matrix, seen.noise
+        rows = rows * self._tweedie(view)
+        factor = torch.linalg.cholesky(matrix @ matrix.mT)
+        inner = torch.linalg.solve_triangular(factor, rows @ matrix.mT, upper=False)
+        inner = torch.linalg.solve_triangular(factor, inner.mT, upper=False)
+        inner = _positive(inner)
+        eye = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
+        step = eye + self._gain(view, t).mean() * inner if t < view.t else eye.expand_as(inner)
+        white = torch.linalg.solve_triangular(factor, rows, upper=False)
+        after = factor @ torch.linalg.solve(step, white)
+        level = stacked_levels(view.program, self.names, view.x, t, "alpha")
+        gain = level / stacked_levels(view.program, self.names, view.x, t, "sigma") ** 2
+        kept = factor @ torch.linalg.solve(step, inner) @ factor.mT * ratio.mean()
+        return after * gain, seen.noise + 0.5 * (kept + kept.mT)
+
+
+def _positive(matrix: Tensor) -> Tensor:
+    """The nearest symmetric matrix without negative eigenvalues (networks are not exact scores)."""
+    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
+    return (vectors * values.clamp(min=0)[..., None, :]) @ vectors.mT
+
+
+def _rows(matrix: Tensor, batch: int) -> Tensor:
+    return matrix.expand(batch, *matrix.shape[1:])

@@ -1,0 +1,301 @@
+r"""The one loop: properly weighted particles for any program, twist and proposal.
+
+.. math::
+    \ell_T &= \log p(x_T) - \log q(x_T) - \log q(z) + \log \psi_T(x_T, z) \\
+    \ell_{t-1} &= \ell_t + \log p(x_{t-1} \mid x_t) - \log q(x_{t-1} \mid x_t)
+                 + \log \psi_{t-1} - \log \psi_t, \qquad \psi_0 = \gamma(x_0, z),
+
+z the program's ordinary latents. Particles are resampled whenever their effective sample size asks for
+it, and then everything that belongs to a particle moves with it.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from pyro.distributions import Distribution
+from torch import Tensor
+
+from smcdiff.execution import Statement
+from smcdiff.particles import Calls, Particles, Step, map_tree
+from smcdiff.process import Kernel, Tree, is_deterministic
+from smcdiff.program import Program, draw
+from smcdiff.psis import khat as pareto_khat
+from smcdiff.resampling import resample
+from smcdiff.twist import Twist
+from smcdiff.weights import check_log_weights, effective_sample_size, normalise
+
+from .evaluation import Evaluator
+from .proposals import Proposal, Start
+from .rejuvenation import Rejuvenation
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loop itself can be told.
+
+    Attributes:
+        num_particles, num_runs: N particles in each of several independent runs.
+        ess_threshold: resample when the effective sample size falls below this share of N (0: never;
+            1: at every step).
+        resampler: a name of ``smcdiff.resampling.RESAMPLERS``.
+        chunk_size: how many particles to evaluate at once (None: all). Bounds memory, changes nothing.
+        rejuvenation: moves the ordinary latents after resampling.
+    """
+
+    num_particles: int = 256
+    num_runs: int = 1
+    ess_threshold: float = 0.5
+    resampler: str = "systematic"
+    chunk_size: int | None = None
+    rejuvenation: Rejuvenation | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_particles", "num_runs"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, but got {value!r}")
+        if not 0.0 <= self.ess_threshold <= 1.0:
+            raise ValueError(
+                f"ess_threshold is a share of the particles in [0, 1], but got {self.ess_threshold}"
+            )
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be positive or None, but got {self.chunk_size}")
+
+
+class Engine:
+    """One program, twist and proposal under way."""
+
+    def __init__(
+        self, program: Program, twist: Twist, proposal: Proposal, settings: Settings
+    ) -> None:
+        self.program, self.twist, self.proposal, self.settings = program, twist, proposal, settings
+        twist.prepare(program)
+        proposal.prepare(program)
+        if settings.rejuvenation is not None:
+            settings.rejuvenation.prepare(program)
+        keeps_draws = settings.rejuvenation is not None
+        self.evaluator = Evaluator(program, twist, proposal, settings.chunk_size, keeps_draws)
+        problems = () if program.num_problems is None else (program.num_problems,)
+        self.axes = (*problems, settings.num_runs, settings.num_particles)
+        per_problem = settings.num_runs * settings.num_particles
+        self.problems = (
+            torch.arange(problems[0]).repeat_interleave(per_problem) if problems else None
+        )
+
+    def iterate(self, state: Particles | None = None) -> Iterator[Particles]:
+        """Yields the particles at T, T - 1, ..., 0 (or on from ``state``).
+
+        The random stream continues from where the state left it, whatever was drawn between steps.
+        """
+        if state is None:
+            state = self.start()
+            yield state
+        while state.t > 0:
+            restore_rng(state)
+            state = self.step(state)
+            yield state
+
+    def accept(self, state: Particles) -> None:
+        """Checks that a saved state belongs to this program and these settings."""
+        shapes = {n: tuple(x.shape[len(self.axes) :]) for n, x in state.x.items()}
+        if state.axes != self.axes or set(state.x) != set(self.program.processes):
+            raise ValueError(
+                f"the saved run has axes {state.axes} and processes {shapes}, but this one has axes "
+                f"{self.axes} and processes {sorted(self.program.processes)}: resume with the program and "
+                "settings that it was started with"
+            )
+        if state.t > self.program.num_steps:
+            raise ValueError(
+                f"the saved run stands at t = {state.t}, beyond this program's {self.program.num_steps}"
+            )
+
+    # ------------------------------------------------------------------------------------ t = T
+
+    def start(self) -> Particles:
+        """Draws latents and x_T, and looks at them."""
+        batch, num_steps = math.prod(self.axes), self.program.num_steps
+        laws: dict[str, Distribution] = {}
+        draws: dict[str, Tensor] = {}
+        values, log_q = self.proposal.latents(batch, self.problems)
+
+        def state(statement: Statement) -> Tensor:
+            law = statement.process.initial(**statement.context)
+            laws[statement.name] = law if is_deterministic(law) else law.expand(statement.batch)
+            draws[statement.name] = draw(law, statement.batch)
+            return self._first_estimate(statement, draws[statement.name], values)
+
+        with torch.no_grad():
+            execution = self.program.execute(state, values, batch, self.problems)
+        latents = {n: execution.sites[n].value for n in self.program.latents}
+        for name in latents:
+            if name not in values:
+                log_q = log_q + execution.log_prob(name)
+
+        def look(x: dict[str, Tensor]) -> tuple[dict[str, Kernel], Tree]:
+            cache = self.evaluator.look(num_steps, x, latents, {}, self.problems)
+            return self.evaluator.kernels(num_steps, x, cache), cache
+
+        with torch.no_grad():
+            move = self.proposal.start(Start(laws, draws, latents, self.problems, look))
+        cache = self.evaluator.look(num_steps, move.x, latents, {}, self.problems)
+        weights = cache["log_psi"] - log_q
+        if move.log_ratio is not None:
+            weights = weights + move.log_ratio
+        return self._first_state(move.x, latents, cache, weights)
+
+    def _first_estimate(self, statement: Statement, x: Tensor, given: dict[str, Tensor]) -> Tensor:
+        """What the program is shown as x_0 while its latents are drawn."""
+        needed = self.program.downstream - set(given)
+        if x.is_floating_point() and not needed:
+            return x  # nothing that is drawn here looks at it
+        process, num_steps, size = statement.process, self.program.num_steps, len(x)
+        denoised = process.kernel(x, num_steps, **statement.context).denoised
+        self.evaluator.calls += Calls(network=size * process.calls(num_steps))
+        return denoised.mean if x.is_floating_point() else denoised.sample()
+
+    def _first_state(
+        self, x: dict[str, Tensor], latents: dict[str, Tensor], cache: Tree, weights: Tensor
+    ) -> Particles:
+        num_particles, runs = self.axes[-1], self.axes[:-1]
+        log_weights = weights.reshape(self.axes)
+        check_log_weights(log_weights, f"at step t = {self.program.num_steps}")
+        own = torch.arange(num_particles, device=weights.device).expand(self.axes).contiguous()
+        state = Particles(
+            t=self.program.num_steps,
+            x=self._unflatten(x),
+            latents=self._unflatten(latents),
+            log_weights=log_weights,
+            log_norm=torch.zeros(runs, dtype=torch.float64, device=weights.device),
+            roots=own,
+            cache=self._unflatten(cache),
+        )
+        before = effective_sample_size(log_weights)
+        never = torch.zeros(runs, dtype=torch.bool, device=weights.device)
+        nan = torch.full(runs, math.nan, dtype=torch.float64, device=weights.device)
+        return self._record(state, before, nan, never, own, nan)
+
+    # -------------------------------------------------------------------------------- t -> t - 1
+
+    def step(self, state: Particles) -> Particles:
+        """Resample if asked for, move, look, weigh."""
+        t, x, cache = state.t, self._flatten(state.x), self._flatten(state.cache)
+        kernels = self.evaluator.kernels(t, x, cache)
+        prepaid = self.proposal.prepay(t, x, kernels, cache)
+        if prepaid is not None:
+            state = replace(
+                state,
+                log_weights=state.log_weights + prepaid.reshape(self.axes),
+                cache={**state.cache, "prepaid": prepaid.reshape(self.axes)},
+            )
+        ess = effective_sample_size(state.log_weights)
+        where = self._runs_to_resample(ess, kernels)
+        khat, acceptance = torch.full_like(ess, math.nan), torch.full_like(ess, math.nan)
+        ancestors = torch.arange(self.axes[-1], device=ess.device).expand(self.axes).contiguous()
+        if bool(where.any()):
+            khat = torch.where(where, pareto_khat(state.log_weights), khat)
+            drawn = resample(state.log_weights, self.settings.resampler)
+            ancestors = torch.where(where[..., None], drawn, ancestors)
+            state = state.select(ancestors, where)
+            if self.settings.rejuvenation is not None:
+                state, acceptance = self._rejuvenate(state, where)
+            x, cache = self._flatten(state.x), self._flatten(state.cache)
+            kernels = self.evaluator.kernels(t, x, cache)
+        state = self._advance(state, x, kernels, cache)
+        return self._record(state, ess, khat, where, ancestors, acceptance)
+
+    def _runs_to_resample(self, ess: Tensor, kernels: dict[str, Kernel]) -> Tensor:
+        """Runs whose weights are too uneven; none where copies could never part again."""
+        if all(is_deterministic(k.law) for k in kernels.values()):
+            return torch.zeros_like(ess, dtype=torch.bool)
+        bound = self.settings.ess_threshold * self.axes[-1]
+        return ess < bound * (1 - 1e-9)
+
+    def _advance(
+        self, state: Particles, x: dict[str, Tensor], kernels: dict[str, Kernel], cache: Tree
+    ) -> Particles:
+        t, latents = state.t, self._flatten(state.latents)
+        with torch.no_grad():
+            move = self.proposal.move(t, x, kernels, cache)
+        after = self.evaluator.look(t - 1, move.x, latents, cache["memory"], self.problems)
+        increment = after["log_psi"] - cache["log_psi"] - cache.get("prepaid", 0.0)
+        if move.log_ratio is not None:
+            increment = increment + move.log_ratio
+        log_weights = state.log_weights + increment.reshape(self.axes)
+        check_log_weights(log_weights, f"at step t = {t - 1}")
+        return replace(
+            state,
+            t=t - 1,
+            x=self._unflatten(move.x),
+            cache=self._unflatten(after),
+            log_weights=log_weights,
+        )
+
+    def _rejuvenate(self, state: Particles, where: Tensor) -> tuple[Particles, Tensor]:
+        """Moves the latents of the runs that were just resampled."""
+        assert self.settings.rejuvenation is not None
+        chosen = where[..., None].expand(self.axes).reshape(-1)
+        latents, cache, accepted = self.settings.rejuvenation.move(
+            self.evaluator,
+            state.t,
+            self._flatten(state.x),
+            self._flatten(state.latents),
+            self._flatten(state.cache),
+            self.problems,
+            chosen,
+        )
+        rate = accepted.reshape(self.axes).mean(-1)
+        state = replace(state, latents=self._unflatten(latents), cache=self._unflatten(cache))
+        return state, torch.where(where, rate, math.nan)
+
+    # ---------------------------------------------------------------------------------- records
+
+    def _record(
+        self,
+        state: Particles,
+        ess: Tensor,
+        khat: Tensor,
+        where: Tensor,
+        ancestors: Tensor,
+        acceptance: Tensor,
+    ) -> Particles:
+        weights = normalise(state.log_weights)
+        by_root = torch.zeros_like(weights).scatter_add(-1, state.roots, weights)
+        step = Step(
+            t=state.t,
+            ess=ess,
+            khat=pareto_khat(state.log_weights) if state.t == 0 else khat,
+            max_weight=weights.max(-1).values,
+            resampled=where,
+            ancestors=ancestors,
+            num_roots=_count_roots(state.roots),
+            effective_roots=1.0 / by_root.square().sum(-1),
+            log_evidence=state.log_evidence,
+            log_weights=state.log_weights,
+            calls=self.evaluator.take_calls(),
+            acceptance=acceptance,
+        )
+        rng = {"cpu": torch.get_rng_state()}
+        if state.log_weights.is_cuda:
+            rng["cuda"] = torch.cuda.get_rng_state(state.log_weights.device)
+        return replace(state, history=(*state.history, step), rng=rng)
+
+    def _flatten(self, tree: Tree) -> Tree:
+        return map_tree(lambda leaf: leaf.flatten(0, len(self.axes) - 1), tree)
+
+    def _unflatten(self, tree: Tree) -> Tree:
+        return map_tree(lambda leaf: leaf.reshape(*self.axes, *leaf.shape[1:]), tree)
+
+
+def restore_rng(state: Particles) -> None:
+    """Puts torch's random stream where it was when the state was made."""
+    if state.rng is not None:
+        torch.set_rng_state(state.rng["cpu"])
+        if "cuda" in state.rng:
+            torch.cuda.set_rng_state(state.rng["cuda"], state.log_weights.device)
+
+
+def _count_roots(roots: Tensor) -> Tensor:
+    ordered = roots.sort(-1).values
+    return 1 + (ordered[..., 1:] != ordered[..., :-1]).sum(-1)

@@ -1,0 +1,298 @@
+r"""One look at the particles: network, program and twist, each state once, in chunks.
+
+Forward pass, program and backward pass run chunk by chunk, so that a chunk's activations are the most
+that is ever held. Random numbers are drawn for all particles at once, so answers do not depend on the
+chunk size.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smcdiff.execution import Execution, Statement
+from smcdiff.particles import Calls, map_tree
+from smcdiff.process import Kernel, Tree
+from smcdiff.program import Program
+from smcdiff.twist import Twist, TwistValue, View
+
+from .proposals import Proposal
+
+FLOOR = (
+    -1e6
+)  # log psi_t of a state whose look-ahead violates a hard constraint: finite, as it must be
+
+
+@dataclass
+class Evaluator:
+    """Evaluates flat particles ``(particle, ...)`` and counts what that costs.
+
+    Attributes:
+        keeps_draws: whether the noise behind the draws of x_0 is cached, for :meth:`look` ``again``.
+        calls: evaluations since :meth:`take_calls`, one per particle.
+        shared_context: the context entries that all particles share, by process.
+    """
+
+    program: Program
+    twist: Twist
+    proposal: Proposal
+    chunk_size: int | None = None
+    keeps_draws: bool = False
+    calls: Calls = field(default_factory=Calls)
+    shared_context: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def look(
+        self,
+        t: int,
+        x: Mapping[str, Tensor],
+        latents: Mapping[str, Tensor],
+        memory: Mapping[str, Tensor],
+        problems: Tensor | None,
+        again: Tree | None = None,
+    ) -> dict[str, Tree]:
+        """Everything that belongs to the particles because they are at ``x``: the engine's cache.
+
+        Args:
+            again: the cache of an earlier look at the same ``x``, whose network outputs and draws are
+                used again (for other latents).
+
+        Returns:
+            ``log_psi`` and, at t >= 1, ``evaluation`` and ``context`` by process, the twist's own
+            tensors (``twist``, ``memory``) and the proposal's (``proposal``).
+        """
+        batch = next(iter(x.values())).shape[0]
+        if again is not None:
+            noise = {n: v.transpose(0, 1) for n, v in again.get("noise", {}).items()}
+        else:
+            noise = self._noise(t, x) if t > 0 else {}
+        size = batch if self.chunk_size is None else self.chunk_size
+        parts = []
+        for start in range(0, batch, size):
+            rows = slice(start, start + size)
+            parts.append(
+                self._look_at_chunk(
+                    t,
+                    {n: v[rows] for n, v in x.items()},
+                    {n: v[rows] for n, v in latents.items()},
+                    {n: v[rows] for n, v in memory.items()},
+                    None if problems is None else problems[rows],
+                    {n: v[:, rows] for n, v in noise.items()},
+                    None if again is None else map_tree(lambda v: v[rows], again["evaluation"]),
+                )
+            )
+        cache = concatenate(parts)
+        if self.keeps_draws and t > 0:
+            cache["noise"] = {n: v.transpose(0, 1) for n, v in noise.items()}
+        return cache
+
+    def kernels(self, t: int, x: Mapping[str, Tensor], cache: Tree) -> dict[str, Kernel]:
+        """The transitions out of ``x``, rebuilt from the cache without a network call."""
+        with torch.no_grad():
+            return {
+                n: self.program.processes[n].kernel(
+                    x[n], t, cache["evaluation"][n], **self.shared_context[n], **cache["context"][n]
+                )
+                for n in x
+            }
+
+    def take_calls(self) -> Calls:
+        """The calls since the last time this was asked."""
+        calls, self.calls = self.calls, Calls()
+        return calls
+
+    # --------------------------------------------------------------------------------- one chunk
+
+    def _look_at_chunk(
+        self,
+        t: int,
+        x: dict[str, Tensor],
+        latents: dict[str, Tensor],
+        memory: dict[str, Tensor],
+        problems: Tensor | None,
+        noise: dict[str, Tensor],
+        given: Tree | None,
+    ) -> dict[str, Tree]:
+        if t == 0:
+            return {"log_psi": self._likelihood(x, latents, problems)}
+        track = self.twist.needs_gradient and given is None
+        with torch.set_grad_enabled(track or self.twist.needs_program_gradient):
+            if track:
+                x = {n: v.detach().requires_grad_(v.is_floating_point()) for n, v in x.items()}
+            view = self._view(t, x, latents, memory, problems, noise, given)
+            if track:
+                self._check_differentiable(view)
+            value = self.twist.evaluate(view)
+        with torch.no_grad():
+            extra = self.proposal.observe(view)
+        return map_tree(torch.Tensor.detach, self._cache(view, value, extra))
+
+    def _likelihood(
+        self, x: dict[str, Tensor], latents: dict[str, Tensor], problems: Tensor | None
+    ) -> Tensor:
+        batch = next(iter(x.values())).shape[0]
+        with torch.no_grad():
+            execution = self.program.execute(lambda s: x[s.name], latents, batch, problems)
+            log_psi = execution.log_joint()
+        self.calls += Calls(program=batch)
+        if bool(log_psi.isnan().any()):
+            raise ValueError(_blame(execution, 0))
+        return log_psi
+
+    def _view(
+        self,
+        t: int,
+        x: dict[str, Tensor],
+        latents: dict[str, Tensor],
+        memory: dict[str, Tensor],
+        problems: Tensor | None,
+        noise: dict[str, Tensor],
+        given: Tree | None,
+    ) -> View:
+        batch = next(iter(x.values())).shape[0]
+        copies = 1 + self.twist.num_draws
+        kernels: dict[str, Kernel] = {}
+        evaluations: dict[str, Tree] = {}
+        contexts: dict[str, dict[str, Any]] = {}
+
+        def estimate(statement: Statement) -> Tensor:
+            name, process = statement.name, statement.process
+            context = self._context(statement, batch)
+            with torch.set_grad_enabled(self.twist.needs_gradient and given is None):
+                if given is None:
+                    evaluation = process.evaluate(x[name], t, **context)
+                    self.calls += Calls(network=batch * process.calls(t))
+                else:
+                    evaluation = given[name]
+                kernel = process.kernel(x[name], t, evaluation, **context)
+                estimates = _estimates(kernel, noise.get(name), copies)
+            _check_finite(name, t, evaluation)
+            kernels[name], evaluations[name], contexts[name] = kernel, evaluation, context
+            if self.twist.needs_program_gradient and not estimates.requires_grad:
+                estimates.requires_grad_(estimates.is_floating_point())
+            return estimates
+
+        repeated = {n: v.repeat(copies, *(1,) * (v.dim() - 1)) for n, v in latents.items()}
+        rows = None if problems is None else problems.repeat(copies)
+        execution = self.program.execute(estimate, repeated, copies * batch, rows)
+        self.calls += Calls(program=copies * batch)
+        return View(
+            self.program,
+            t,
+            batch,
+            x,
+            latents,
+            kernels,
+            evaluations,
+            contexts,
+            execution,
+            copies,
+            memory,
+            problems,
+            lambda n: self._spend(Calls(network=n)),
+            lambda n: self._spend(Calls(gradient=n)),
+        )
+
+    def _spend(self, calls: Calls) -> None:
+        self.calls += calls
+
+    def _context(self, statement: Statement, batch: int) -> dict[str, Any]:
+        """The context of the particles themselves (not of the repeated estimates)."""
+        moving = self.program.sources[statement.name].particle_context
+        shared = {k: v for k, v in statement.context.items() if k not in moving}
+        self.shared_context[statement.name] = shared
+        return {**shared, **{k: statement.context[k][:batch] for k in moving}}
+
+    def _cache(self, view: View, value: TwistValue, extra: Tree) -> dict[str, Tree]:
+        log_psi = value.log_psi.detach().double()
+        upstream = set(self.program.latents) - self.program.downstream
+        if upstream:  # constant along the path: the twist need not know of them
+            log_psi = log_psi + view.execution.log_joint(upstream)[: view.batch].detach()
+        if bool(log_psi.isnan().any()):
+            raise ValueError(_blame(view.execution, view.t))
+        moving = {n: self.program.sources[n].particle_context for n in view.contexts}
+        return {
+            "log_psi": torch.where(log_psi.isneginf(), FLOOR, log_psi),
+            "evaluation": view.evaluations,
+            "context": {n: {k: c[k] for k in moving[n]} for n, c in view.contexts.items()},
+            "twist": value.cache,
+            "memory": value.memory,
+            "proposal": extra,
+        }
+
+    def _noise(self, t: int, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Noise for the draws of x_0: standard normal, or uniform where x_0 is discrete."""
+        noise = {}
+        for name, process in self.program.processes.items():
+            plates = x[name].shape[: x[name].dim() - len(process.shape_at(t))]
+            shape, device = (*plates, *process.event_shape), x[name].device
+            if not x[name].is_floating_point():
+                noise[name] = torch.rand(1 + self.twist.num_draws, *shape, device=device)
+            elif self.twist.num_draws:
+                noise[name] = torch.randn(
+                    self.twist.num_draws, *shape, device=device, dtype=x[name].dtype
+                )
+        return noise
+
+    def _check_differentiable(self, view: View) -> None:
+        """A reward computed outside torch has no gradient: say so instead of ignoring it."""
+        continuous = {n for n, v in view.x.items() if v.is_floating_point()}
+        for name, site in self.program.likelihoods.items():
+            if site.kind != "deterministic" and site.parents & continuous:
+                if not view.execution.log_prob(name).requires_grad:
+                    raise ValueError(
+                        f"site {name!r} depends on {sorted(site.parents & continuous)} but has no "
+                        "gradient (is it computed with NumPy, or detached?): write it in torch, or use "
+                        "a twist without gradients, as in TwistedSMC(..., proposal='kernel')"
+                    )
+
+
+def _estimates(kernel: Kernel, noise: Tensor | None, copies: int) -> Tensor:
+    """Estimates of x_0 laid out draw by draw: the mean first, then draws (discrete: draws only)."""
+    law = kernel.denoised
+    if noise is not None and noise.shape[0] == copies:
+        while isinstance(law, torch.distributions.Independent):
+            law = law.base_dist
+        cumulative = law.probs.cumsum(-1)  # type: ignore[attr-defined]
+        tokens = (cumulative < noise[..., None] * cumulative[..., -1:]).sum(-1)
+        return tokens.clamp(max=cumulative.shape[-1] - 1).flatten(0, 1)
+    mean: Tensor = law.mean
+    if noise is None:
+        return mean
+    return torch.cat([mean[None], mean + law.stddev * noise]).flatten(0, 1)
+
+
+def _check_finite(name: str, t: int, evaluation: Tree) -> None:
+    """Refuses NaN and infinity in what a network returned (log 0 of discrete logits is no network's)."""
+    if isinstance(evaluation, dict):
+        for key, part in evaluation.items():
+            _check_finite(f"{name}[{key}]" if len(evaluation) > 1 else name, t, part)
+    elif isinstance(evaluation, Tensor) and evaluation.is_floating_point():
+        bad = ~evaluation.isfinite() & ~evaluation.isneginf() | evaluation.isnan()
+        if bool(bad.any()):
+            rows = int(bad.flatten(1).any(1).sum()) if evaluation.dim() > 1 else int(bad.sum())
+            raise ValueError(
+                f"process {name!r}: its network returned NaN or infinity at step t = {t} for {rows} of "
+                f"{evaluation.shape[0]} particles. Check the network's dtype and input scale, or clip "
+                "its estimate (clip_denoised)"
+            )
+
+
+def _blame(execution: Execution, t: int) -> str:
+    for name, site in execution.sites.items():
+        if not site.deterministic and bool(execution.log_prob(name).isnan().any()):
+            return (
+                f"site {name!r} has log-probability NaN at step t = {t}: mask or clamp whatever is "
+                "undefined there; -inf is the way to say impossible"
+            )
+    return f"the log-twist is NaN at step t = {t}"
+
+
+def concatenate(parts: list[Tree]) -> Tree:
+    """Chunks of a tree, joined along the particle axis."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], dict):
+        return {k: concatenate([p[k] for p in parts]) for k in parts[0]}
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]

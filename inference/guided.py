@@ -1,0 +1,164 @@
+r"""Guides as proposals: another program with the same process sites.
+
+A guide's processes are stepwise: their laws propose :math:`x_T` and every transition, and its ordinary
+latents propose the model's. Whatever a guide has learned, the weights correct it; it must only
+dominate the model.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.distributions import Distribution
+from torch import Tensor
+
+from smcdiff.execution import Statement
+from smcdiff.laws import log_density
+from smcdiff.process import Kernel, Process, Tree, is_deterministic
+from smcdiff.program import Program, draw
+from smcdiff.twist import View
+
+from .proposals import Move, Proposal, Start, log_ratio, sample_as
+
+
+class GuidedProposal(Proposal):
+    """Proposes from the processes and latents of a guide.
+
+    Args:
+        guide: a Pyro callable that takes the model's arguments.
+    """
+
+    def __init__(self, guide: Callable[..., Any]) -> None:
+        self.guide = guide
+        self._shared_context: dict[str, dict[str, Any]] = {}
+
+    def prepare(self, program: Program) -> None:
+        """Takes the guide apart and matches its sites with the model's."""
+        self.model = program
+        self.program = Program(self.guide, program.args, program.kwargs, program.per_problem)
+        wanted, offered = _members(program), _members(self.program)
+        if set(wanted) != set(offered):
+            raise ValueError(
+                f"the guide's process sites {sorted(offered)} do not match the model's "
+                f"{sorted(wanted)}: a guide declares a process for each, with the same name"
+            )
+        if self.program.num_steps != program.num_steps:
+            raise ValueError(
+                f"the guide has {self.program.num_steps} steps and the model {program.num_steps}: "
+                "both must be built on the same grid"
+            )
+        extra = set(self.program.latents) - set(program.latents)
+        if extra:
+            raise ValueError(f"the guide samples {sorted(extra)}, which the model does not have")
+        if self.program.downstream:
+            raise ValueError(
+                f"latents {sorted(self.program.downstream)} of the guide depend on a process: they are "
+                "drawn before x_T, so their law may depend on data and other latents only"
+            )
+
+    def latents(self, batch: int, problems: Tensor | None) -> tuple[dict[str, Tensor], Any]:
+        with torch.no_grad():
+            execution = self.program.execute(_at_start, {}, batch, problems)
+        values = {n: execution.sites[n].value for n in self.program.latents}
+        return values, execution.log_joint(set(values))
+
+    def start(self, start: Start) -> Move:
+        """x_T from the guide's processes."""
+        laws: dict[str, Distribution] = {}
+        draws: dict[str, Tensor] = {}
+
+        def state(statement: Statement) -> Tensor:
+            law = statement.process.initial(**statement.context)
+            laws[statement.name] = law if is_deterministic(law) else law.expand(statement.batch)
+            draws[statement.name] = draw(law, statement.batch)
+            return draws[statement.name]
+
+        batch = len(next(iter(start.draws.values())))
+        latents = {n: start.latents[n] for n in self.program.latents}
+        with torch.no_grad():
+            self.program.execute(state, latents, batch, start.problems)
+        return self._score(start.laws, laws, draws, start.draws)
+
+    def observe(self, view: View) -> Tree:
+        """Evaluates the guide's processes, sharing the model's network outputs where they build on them."""
+        evaluations: dict[str, Tree] = {}
+        contexts: dict[str, Any] = {}
+        members = self._split(self.model, {n: x.detach() for n, x in view.x.items()})
+
+        def state(statement: Statement) -> Tensor:
+            name, process = statement.name, statement.process
+            x = process.join(name, {m: members[m] for m in process.members(name)})
+            shared = self._shared(process, view)
+            if shared is None:
+                evaluations[name] = process.evaluate(x, view.t, **statement.context)
+                view.spend(view.batch * process.calls(view.t))
+            else:
+                evaluations[name] = process.extend(shared, x, view.t, **statement.context)
+            moving = self.program.sources[name].particle_context
+            contexts[name] = {k: statement.context[k] for k in moving}
+            self._shared_context[name] = {
+                k: v for k, v in statement.context.items() if k not in moving
+            }
+            return x
+
+        latents = {n: view.latents[n] for n in self.program.latents}
+        self.program.execute(state, latents, view.batch, view.problems)
+        return {"evaluation": evaluations, "context": contexts}
+
+    def move(self, t: int, x: dict[str, Tensor], kernels: dict[str, Kernel], cache: Tree) -> Move:
+        own, members = cache["proposal"], self._split(self.model, x)
+        laws = {}
+        for name, process in self.program.processes.items():
+            joined = process.join(name, {m: members[m] for m in process.members(name)})
+            context = {**self._shared_context[name], **own["context"][name]}
+            laws[name] = process.kernel(joined, t, own["evaluation"][name], **context).law
+        draws = {}
+        for name, law in laws.items():
+            like = members[self.program.processes[name].members(name)[0]]
+            draws[name] = sample_as(law, like)
+        return self._score({n: k.law for n, k in kernels.items()}, laws, draws, x)
+
+    def _score(
+        self,
+        model_laws: dict[str, Distribution],
+        guide_laws: dict[str, Distribution],
+        draws: dict[str, Tensor],
+        like: dict[str, Tensor],
+    ) -> Move:
+        """The draws as the model's states, and log p - log q."""
+        members = self._split(self.program, draws)
+        x = {
+            name: process.join(name, {m: members[m] for m in process.members(name)})
+            for name, process in self.model.processes.items()
+        }
+        laws = (*model_laws.values(), *guide_laws.values())
+        if set(model_laws) == set(guide_laws) or all(is_deterministic(law) for law in laws):
+            pairs = zip(model_laws.items(), guide_laws.values(), strict=False)
+            total = sum(log_ratio(law, other, x[n]) for (n, law), other in pairs)
+        else:
+            total = sum(log_density(law, x[n]) for n, law in model_laws.items())
+            total = total - sum(log_density(law, draws[n]) for n, law in guide_laws.items())
+        assert isinstance(total, Tensor)
+        return Move({n: v.to(like[n].dtype) for n, v in x.items()}, total)
+
+    def _shared(self, process: Process, view: View) -> Tree | None:
+        """The model's evaluation that this guide process builds on, if there is one."""
+        for name, other in self.model.processes.items():
+            if process.shares is not None and process.shares is other:
+                return view.evaluations[name]
+        return None
+
+    @staticmethod
+    def _split(program: Program, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        members: dict[str, Tensor] = {}
+        for name, process in program.processes.items():
+            members |= process.split(name, x[name])
+        return members
+
+
+def _members(program: Program) -> list[str]:
+    return [m for name, process in program.processes.items() for m in process.members(name)]
+
+
+def _at_start(statement: Statement) -> Tensor:
+    return draw(statement.process.initial(**statement.context), statement.batch)

@@ -1,0 +1,206 @@
+r"""The conjugate proposal: a Gaussian transition twisted by a locally Gaussian look-ahead.
+
+All processes of a program are stacked into one vector e = x - m of offsets from the kernel's mean.
+With kernel :math:`e \sim N(0, V)` and look-ahead :math:`\psi(e) = N(r; K e, R)` (residual r of the
+observations, their slope K, and the covariance R that x_0 keeps given the next state),
+
+.. math::
+    q(e) = N(e; s, (V^{-1} + K^\top R^{-1} K)^{-1}), \qquad s = V K^\top S^{-1} r, \qquad
+    S = R + K V K^\top .
+
+Any other shift s is corrected by the weight, computed in difference form:
+
+.. math::
+    \log \frac{p(e)}{q(e)} = \tfrac12 \left( e^\top H e - 2 e^\top \Lambda s + s^\top \Lambda s \right)
+    - \tfrac12 \log\frac{|S|}{|R|}, \qquad H = K^\top R^{-1} K, \quad \Lambda = V^{-1} + H .
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64
+from pyro.distributions import Distribution
+from torch import Tensor
+
+from smcdiff.laws import CovariantNormal, capacitance
+from smcdiff.process import is_deterministic
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """A covariance diag(a) + F F' of stacked offsets.
+
+    Attributes:
+        diagonal: a, with shape ``(particle or 1, d)``.
+        factor: F, with shape ``(particle, d, r)``; None for independent elements.
+    """
+
+    diagonal: Float64[Tensor, "rows d"]
+    factor: Tensor | None = None
+
+    def times(self, rows: Tensor) -> Tensor:
+        """V a for every row a of ``(particle or 1, n, d)``."""
+        product = rows * self.diagonal[:, None, :]
+        return product if self.factor is None else product + (rows @ self.factor) @ self.factor.mT
+
+    def divide(self, rows: Tensor) -> Tensor:
+        """V^{-1} a for every row a of ``(particle, n, d)``."""
+        scaled = rows / self.diagonal[:, None, :]
+        if self.factor is None:
+            return scaled
+        small = capacitance(self.diagonal, self.factor)
+        inner = torch.cholesky_solve((scaled @ self.factor).mT, small).mT
+        return scaled - inner @ (self.factor / self.diagonal[..., None]).mT
+
+    def sample(self, batch: int) -> Float64[Tensor, "particle d"]:
+        """A draw per particle."""
+        own = torch.randn_like(self.diagonal.expand(batch, -1)) * self.diagonal.sqrt()
+        if self.factor is None:
+            return own
+        common = torch.randn_like(self.factor[:, :1, :].expand(batch, -1, -1))
+        return own + (common @ self.factor.mT)[:, 0]
+
+    def scaled(self, scale: Tensor) -> "Covariance":
+        """The covariance of diag(scale) e."""
+        factor = None if self.factor is None else self.factor * scale[:, None]
+        return Covariance(self.diagonal * scale**2, factor)
+
+    def full(self) -> Float64[Tensor, "rows d d"]:
+        """The matrix itself."""
+        matrix = torch.diag_embed(self.diagonal)
+        return matrix if self.factor is None else matrix + self.factor @ self.factor.mT
+
+
+@dataclass(frozen=True)
+class LocalTwist:
+    """The look-ahead as the proposal sees it, in float64.
+
+    Attributes:
+        shift: s, with shape ``(particle, d)``.
+        slope: K, with shape ``(particle or 1, d_y, d)``, or None for no curvature.
+        noise: R, with shape ``(particle or 1, d_y, d_y)``.
+    """
+
+    shift: Float64[Tensor, "particle d"]
+    slope: Tensor | None = None
+    noise: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TwistedStep:
+    """The proposal q above, around a kernel with covariance V."""
+
+    covariance: Covariance
+    local: LocalTwist
+
+    def sample(self) -> Float64[Tensor, "particle d"]:
+        """Offsets e ~ q."""
+        shift, slope, noise = self.local.shift, self.local.slope, self.local.noise
+        e = self.covariance.sample(len(shift))
+        if slope is None or noise is None:
+            return e + shift
+        spread = self.covariance.times(slope)
+        factor = torch.linalg.cholesky(noise + slope @ spread.mT)
+        white = torch.randn(len(shift), slope.shape[-2], 1, dtype=e.dtype, device=e.device)
+        miss = slope @ e[..., None] + torch.linalg.cholesky(noise) @ white
+        return shift + e - (spread.mT @ torch.cholesky_solve(miss, factor))[..., 0]
+
+    def log_ratio(self, e: Float64[Tensor, "particle d"]) -> Float64[Tensor, " particle"]:
+        """log p(e) / q(e)."""
+        shift, slope, noise = self.local.shift, self.local.slope, self.local.noise
+        plain = (self.covariance.divide(shift[:, None])[:, 0] * (0.5 * shift - e)).sum(-1)
+        if slope is None or noise is None:
+            return plain
+        factor = torch.linalg.cholesky(noise)
+        white = torch.linalg.solve_triangular(factor, slope @ (e - shift)[..., None], upper=False)
+        total = torch.linalg.cholesky(noise + slope @ self.covariance.times(slope).mT)
+        log_det = log_diagonal(total) - log_diagonal(factor)
+        return plain + 0.5 * white.square().sum((-2, -1)) - log_det
+
+
+def log_diagonal(factor: Tensor) -> Tensor:
+    """log |L| of a triangular factor."""
+    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def log_normal(
+    residual: Float64[Tensor, "particle y"], covariance: Tensor
+) -> tuple[Float64[Tensor, " particle"], Float64[Tensor, "particle y"]]:
+    """log N(r; 0, S) and S^{-1} r, for S with shape ``(particle or 1, y, y)``."""
+    factor = torch.linalg.cholesky(covariance)
+    white = torch.linalg.solve_triangular(factor, residual[..., None], upper=False)
+    solved = torch.linalg.solve_triangular(factor.mT, white, upper=True)[..., 0]
+    constant = 0.5 * residual.shape[-1] * torch.log(torch.tensor(2 * torch.pi)).item()
+    return -0.5 * white.square().sum((-2, -1)) - log_diagonal(factor) - constant, solved
+
+
+def stack(values: dict[str, Tensor]) -> Float64[Tensor, "particle d"]:
+    """All processes' tensors side by side, one row per particle."""
+    return torch.cat([v.double().flatten(1) for v in values.values()], -1)
+
+
+def unstack(rows: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`stack`, in the dtypes of ``like``."""
+    parts = rows.split([v[0].numel() for v in like.values()], -1)
+    return {
+        n: p.reshape(v.shape).to(v.dtype) for (n, v), p in zip(like.items(), parts, strict=True)
+    }
+
+
+def law_covariance(laws: Mapping[str, Distribution]) -> Covariance | None:
+    """V of all laws together; None where some law has no Gaussian density."""
+    if any(is_deterministic(law) for law in laws.values()):
+        return None
+    if not all(_is_gaussian(law) for law in laws.values()):
+        return None
+    return stack_covariances([_covariance(law) for law in laws.values()])
+
+
+def _is_gaussian(law: Distribution) -> bool:
+    while isinstance(law, torch.distributions.Independent):
+        law = law.base_dist
+    return isinstance(law, torch.distributions.Normal | CovariantNormal)
+
+
+def _covariance(law: Distribution) -> Covariance:
+    """The covariance of one law, with its plates stacked."""
+    if not isinstance(law, CovariantNormal):
+        return Covariance(law.variance.double().flatten(1))
+    return plated(law.diagonal.double(), law.factor.double())
+
+
+def plated(diagonal: Tensor, factor: Tensor) -> Covariance:
+    """One covariance of shape ``(particle, *plates, d)``, with its plates stacked."""
+    if diagonal.dim() == 2:
+        return Covariance(diagonal, factor)
+    parts = zip(diagonal.flatten(1, -2).unbind(1), factor.flatten(1, -3).unbind(1), strict=True)
+    return stack_covariances([Covariance(a, f) for a, f in parts])
+
+
+def stack_covariances(parts: list[Covariance]) -> Covariance:
+    """Independent blocks side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    diagonal = torch.cat([p.diagonal for p in parts], -1)
+    if all(p.factor is None for p in parts):
+        return Covariance(diagonal)
+    empty = diagonal.new_zeros(len(diagonal), 1, 1)
+    factors = [
+        p.factor if p.factor is not None else empty.expand(-1, p.diagonal.shape[-1], 1)
+        for p in parts
+    ]
+    return Covariance(diagonal, block_diagonal(factors))
+
+
+def block_diagonal(blocks: list[Tensor]) -> Tensor:
+    """Batched block-diagonal matrix of ``(particle, d_i, r_i)`` blocks."""
+    if len(blocks) == 1:
+        return blocks[0]
+    shape = (len(blocks[0]), sum(b.shape[1] for b in blocks), sum(b.shape[2] for b in blocks))
+    out = blocks[0].new_zeros(shape)
+    row = column = 0
+    for block in blocks:
+        out[:, row : row + block.shape[1], column : column + block.shape[2]] = block
+        row, column = row + block.shape[1], column + block.shape[2]
+    return out

@@ -1,0 +1,112 @@
+r"""The Gaussian observations of a program, seen as a linear map of its processes.
+
+.. math:: r = y - \mu(\hat x_0), \qquad A = d\mu / d x_0, \qquad D = \mathrm{Cov}[y \mid x_0] .
+
+All observed sites (and all latents downstream of a process) with a Gaussian law are stacked into one
+vector of length d_y, all processes into one of length d.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from smcdiff.execution import Execution
+from smcdiff.program import CHECKED, Program, _stand_in
+
+from .linear_gaussian import block_diagonal, stack
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Residuals and noise at a batch of estimates.
+
+    Attributes:
+        mean: the stacked means, tracked by autograd where the estimates are.
+        residual: y - mean.
+        noise: D, with shape ``(particle or 1, y, y)``.
+    """
+
+    mean: Float64[Tensor, "particle y"]
+    residual: Float64[Tensor, "particle y"]
+    noise: Tensor
+
+
+def observe(execution: Execution, sites: tuple[str, ...], batch: int) -> Observations:
+    """The Gaussian sites of a run, at the first estimate of each particle."""
+    means, residuals, noises = [], [], []
+    for name in sites:
+        site = execution.sites[name]
+        mean = _rows(site.fn.mean, execution.batch)[:batch]
+        value = torch.as_tensor(site.value).expand(site.fn.mean.shape)
+        means.append(mean)
+        residuals.append(_rows(value, execution.batch)[:batch] - mean)
+        noises.append(_noise(site.fn, execution.batch)[:batch])
+    noise = block_diagonal(noises)
+    if bool((noise == noise[:1]).all()):
+        noise = noise[:1]
+    return Observations(torch.cat(means, -1), torch.cat(residuals, -1), noise)
+
+
+def operator(
+    execution: Execution, mean: Tensor, batch: int, names: tuple[str, ...]
+) -> Float64[Tensor, "particle y d"]:
+    """A at the first estimate of each particle: one backward pass of the program per observation."""
+    states = [execution.states[n] for n in names]
+    rows = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+    cotangents = rows[:, None, :].expand(-1, batch, -1)
+    grads = torch.autograd.grad(
+        mean, states, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
+    )
+    full = [
+        (s.new_zeros(len(rows), *s.shape) if g is None else g)[:, :batch].double().flatten(2)
+        for g, s in zip(grads, states, strict=True)
+    ]
+    return torch.cat(full, -1).transpose(0, 1)
+
+
+def constant_operator(
+    program: Program, sites: tuple[str, ...], names: tuple[str, ...]
+) -> tuple[Float64[Tensor, "1 y d"] | None, int]:
+    """A, if it is the same at three points of the program (an affine observation), and its rows."""
+    problems = None
+    if program.num_problems is not None:
+        problems = torch.arange(CHECKED) % program.num_problems
+    with torch.enable_grad():
+        execution = program.execute(lambda s: _tracked(_stand_in(s)), {}, CHECKED, problems)
+        mean = observe(execution, sites, CHECKED).mean
+        matrix = operator(execution, mean, CHECKED, names)
+    scale = float(matrix.abs().max())
+    same = bool(((matrix - matrix[:1]).abs() <= 1e-6 * max(scale, 1e-30)).all())
+    return (matrix[:1].detach() if same else None), matrix.shape[1]
+
+
+def stacked_levels(
+    program: Program, names: tuple[str, ...], x: dict[str, Tensor], t: int, field: str
+) -> Float64[Tensor, " d"]:
+    """One number of every process's signal at t, repeated for each of its elements."""
+    parts = {}
+    for name in names:
+        signal = program.processes[name].signal(t)
+        assert signal is not None
+        parts[name] = torch.full_like(x[name][:1], getattr(signal, field), dtype=torch.float64)
+    return stack(parts)[0]
+
+
+def _tracked(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(x.is_floating_point())
+
+
+def _rows(value: Tensor, batch: int) -> Tensor:
+    return value.double().reshape(batch, -1)
+
+
+def _noise(fn: torch.distributions.Distribution, batch: int) -> Tensor:
+    """(particle, y, y)."""
+    covariance = getattr(fn, "covariance_matrix", None)
+    if isinstance(covariance, Tensor) and covariance.shape[-1] == fn.event_shape[-1]:
+        full = covariance.double()
+        blocks = full.reshape(batch, -1, *full.shape[-2:])
+        return block_diagonal(list(blocks.unbind(1)))
+    return torch.diag_embed(_rows(fn.variance.expand(fn.mean.shape), batch))

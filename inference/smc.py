@@ -1,0 +1,185 @@
+"""Sequential Monte Carlo over the reverse process: the engine with the user's choices."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from smcdiff.particles import Particles
+from smcdiff.posterior import Posterior
+from smcdiff.program import Program
+from smcdiff.twist import Twist, TwistValue, View
+
+from .denoised import CovarianceName, DenoisedLikelihood
+from .engine import Engine, Settings
+from .guided import GuidedProposal
+from .proposals import FromKernel, Proposal, TwistedKernel
+from .rejuvenation import Rejuvenation
+
+
+class ParticleMethod(ABC):
+    """What all particle algorithms share: ``run``, ``iterate`` and ``resume``.
+
+    Args:
+        model: a Pyro callable with at least one process.
+        settings: particles, runs, resampling, chunks.
+        per_problem: names of arguments with one row per problem (see :class:`smcdiff.Program`).
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        settings: Settings,
+        per_problem: Sequence[str] | Mapping[str, int] = (),
+    ) -> None:
+        self.model, self.settings, self.per_problem = model, settings, per_problem
+
+    @abstractmethod
+    def parts(self) -> tuple[Twist, Proposal]:
+        """The twist and the proposal that make the algorithm."""
+
+    def engine(self, *args: Any, **kwargs: Any) -> Engine:
+        """Takes the program apart and gets everything ready."""
+        program = Program(self.model, args, kwargs, self.per_problem)
+        return Engine(program, *self.parts(), self.settings)
+
+    def iterate(self, *args: Any, **kwargs: Any) -> Iterator[Particles]:
+        """Yields the particles at t = T, ..., 0."""
+        yield from self.engine(*args, **kwargs).iterate()
+
+    def run(
+        self,
+        *args: Any,
+        progress: bool = False,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 10,
+        resume: bool = False,
+        **kwargs: Any,
+    ) -> Posterior:
+        """Infers the posterior of ``model(*args, **kwargs)``.
+
+        Args:
+            progress: show a progress bar.
+            checkpoint: a file that keeps the state of the run.
+            checkpoint_every: steps between two writes of it.
+            resume: continue from the checkpoint, bit for bit, if the file exists.
+        """
+        engine = self.engine(*args, **kwargs)
+        start = None
+        if resume and checkpoint is not None and Path(checkpoint).exists():
+            start = Particles.load(checkpoint)
+            engine.accept(start)
+        state = start
+        with tqdm(total=engine.program.num_steps, disable=not progress, unit="step") as bar:
+            for state in engine.iterate(start):
+                bar.update(engine.program.num_steps - state.t - bar.n)
+                bar.set_postfix_str(f"ESS {state.ess.min():.0f}/{state.num_particles}")
+                if checkpoint is not None and (state.t % checkpoint_every == 0):
+                    state.save(checkpoint)
+        assert state is not None
+        return Posterior(state, engine.program, type(self).__name__)
+
+
+class NoTwist(Twist):
+    """psi_t = 1 for t >= 1: the likelihood is met at the end, and only there."""
+
+    def evaluate(self, view: View) -> TwistValue:
+        like = next(iter(view.x.values()))
+        return TwistValue(like.new_zeros(view.batch).double())
+
+
+class SMC(ParticleMethod):
+    """Particles of any program, with any twist and any guide.
+
+    With neither it is the bootstrap filter; with ``ess_threshold=0`` it is importance sampling.
+
+    Args:
+        model: a Pyro callable with at least one process.
+        guide: a Pyro callable with the same process names, whose processes propose the transitions,
+            and with the ordinary latents that it wants to propose.
+        twist: a look-ahead (None: 1).
+        proposal: where transitions come from (None: the guide's processes, or the model's own).
+        num_particles, num_runs, ess_threshold, resampler, chunk_size, rejuvenation: see
+            :class:`Settings`.
+        per_problem: arguments with one row per problem.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any] | None = None,
+        *,
+        twist: Twist | None = None,
+        proposal: Proposal | None = None,
+        num_particles: int = 256,
+        num_runs: int = 1,
+        ess_threshold: float = 0.5,
+        resampler: str = "systematic",
+        chunk_size: int | None = None,
+        rejuvenation: Rejuvenation | None = None,
+        per_problem: Sequence[str] | Mapping[str, int] = (),
+    ) -> None:
+        settings = Settings(
+            num_particles, num_runs, ess_threshold, resampler, chunk_size, rejuvenation
+        )
+        super().__init__(model, settings, per_problem)
+        if guide is not None and proposal is not None:
+            raise ValueError("give a guide or a proposal, not both: a guide is a proposal")
+        self.guide, self.twist, self.proposal = guide, twist, proposal
+
+    def parts(self) -> tuple[Twist, Proposal]:
+        proposal = self.proposal or FromKernel()
+        if self.guide is not None:
+            proposal = GuidedProposal(self.guide)
+        return self.twist or NoTwist(), proposal
+
+
+class TwistedSMC(ParticleMethod):
+    """SMC that looks ahead with the denoised likelihood and steers by it.
+
+    Args:
+        model: a Pyro callable with at least one process.
+        covariance: what the twist knows of x_0 given x_t (:class:`DenoisedLikelihood`).
+        num_draws: draws of x_0 for sites that are not Gaussian.
+        proposal: ``"conjugate"``: shifted, narrowed, with a twisted start; ``"gradient"``: shifted
+            only; ``"kernel"``: the process's own (for rewards without gradients).
+        temper, clip: of the shift (:class:`TwistedKernel`); they never change the target.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        covariance: CovarianceName = "auto",
+        num_draws: int = 8,
+        proposal: str = "conjugate",
+        temper: float = 1.0,
+        clip: float | None = None,
+        num_particles: int = 256,
+        num_runs: int = 1,
+        ess_threshold: float = 0.5,
+        resampler: str = "systematic",
+        chunk_size: int | None = None,
+        rejuvenation: Rejuvenation | None = None,
+        per_problem: Sequence[str] | Mapping[str, int] = (),
+    ) -> None:
+        settings = Settings(
+            num_particles, num_runs, ess_threshold, resampler, chunk_size, rejuvenation
+        )
+        super().__init__(model, settings, per_problem)
+        if proposal not in ("conjugate", "gradient", "kernel"):
+            raise ValueError(
+                f"proposal must be 'conjugate', 'gradient' or 'kernel', but got {proposal!r}"
+            )
+        self.covariance, self.num_draws, self.proposal = covariance, num_draws, proposal
+        self.temper, self.clip = temper, clip
+
+    def parts(self) -> tuple[Twist, Proposal]:
+        steered = self.proposal != "kernel"
+        twist = DenoisedLikelihood(self.covariance, self.num_draws, gradient=steered)
+        if not steered:
+            return twist, FromKernel()
+        curved = self.proposal == "conjugate"
+        return twist, TwistedKernel(curved, self.temper, self.clip, twisted_start=curved)

@@ -1,0 +1,279 @@
+r"""Gaussian diffusion models as processes.
+
+A trained network knows :math:`\hat x_0(x_t) = E[x_0 \mid x_t]` in one of its disguises; with the
+tables of a schedule that gives the reverse transitions (Ho et al. 2020; Song et al. 2021, DDIM, for
+:math:`\eta < 1`)
+
+.. math::
+    x_{t-1} = c_0 \hat x_0 + c_t x_t + \sqrt{V}\, z, \qquad
+    c_t = \sqrt{\sigma_{t-1}^2 - \eta^2 \tilde\beta_t} / \sigma_t, \qquad
+    c_0 = \alpha_{t-1} - c_t \alpha_t .
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import Distribution
+from torch import Size, Tensor, nn
+
+from smcdiff.laws import CovariantNormal, normal
+from smcdiff.process import Kernel, Process, Signal, Tree, flatten_batch
+
+from .denoisers import Denoiser, GaussianDenoiser, MixtureDenoiser
+from .low_rank import low_rank_covariance
+from .schedules import Grid, Schedule, VariancePreserving
+
+Parameterization = Literal["epsilon", "x0", "v", "score"]
+Variance = Literal["small", "large", "learned", "exact", "mixture"]
+
+
+class Diffusion(Process):
+    r"""A pre-trained Gaussian diffusion model.
+
+    Args:
+        network: ``network(x, time, **context)`` with x of shape ``(batch, *event_shape)`` and time of
+            shape ``(batch,)``; or an exact :class:`~smcdiff.models.Denoiser`.
+        schedule: the noise schedule that the network was trained with (None: linear betas).
+        event_shape: the shape of one sample.
+        num_steps: T.
+        parameterization: what the network returns: ``"epsilon"``, ``"x0"``, ``"v"`` or ``"score"``.
+        eta: 1 for DDPM, 0 for DDIM (a deterministic flow of its source).
+        variance: V. ``"small"``: :math:`\eta^2\tilde\beta_t`, zero in the last step. ``"large"``:
+            :math:`\beta_t`. ``"learned"``: interpolated in logarithms by the second half of the
+            network's channels (Nichol & Dhariwal 2021). ``"exact"``: :math:`\eta^2\tilde\beta_t + c_0^2
+            \mathrm{Cov}[x_0|x_t]`, for exact denoisers. ``"mixture"``: the exact kernel of a
+            ``MixtureDenoiser``.
+        clip_denoised: bounds for :math:`\hat x_0`, such as (-1, 1).
+        scale: the standard deviation s of the data, for scalar look-aheads (known for denoisers).
+        source: the law of x_T (None: N(0, I)).
+        context_dims: event dimensions of context tensors by name (0 if not named: labels).
+        train: leave the network trainable and in its mode; otherwise it is frozen and in ``eval()``.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Tensor],
+        schedule: Schedule | None = None,
+        event_shape: Sequence[int] | None = None,
+        num_steps: int = 100,
+        *,
+        parameterization: Parameterization = "epsilon",
+        eta: float = 1.0,
+        variance: Variance = "small",
+        clip_denoised: tuple[float, float] | None = None,
+        scale: float | None = None,
+        source: Distribution | None = None,
+        context_dims: Mapping[str, int] | None = None,
+        train: bool = False,
+    ) -> None:
+        self.network, self.num_steps, self.eta, self.variance = network, num_steps, eta, variance
+        self.parameterization, self.clip_denoised = parameterization, clip_denoised
+        self.source, self.context_dims = source, dict(context_dims or {})
+        self.event_shape = _event_shape(network, event_shape)
+        self._check(parameterization, variance, eta)
+        self.grid: Grid = (schedule or VariancePreserving()).grid(num_steps)
+        self.scale = _scale(network) if scale is None else scale
+        self.dtype, self.device, self.network_dtype = _place(network)
+        if isinstance(network, nn.Module) and not train:
+            network.eval().requires_grad_(False)
+        self._signals = self._tabulate()
+
+    @property
+    def closed_form(self) -> bool:
+        return isinstance(self.network, Denoiser)
+
+    def initial(self, **context: Any) -> Distribution:
+        if self.source is not None:
+            return self.source
+        zero = torch.zeros(self.event_shape, dtype=self.dtype, device=self.device)
+        return normal(zero, 1.0, len(self.event_shape))
+
+    def evaluate(self, x: Tensor, t: int, **context: Any) -> Tree:
+        """The network's output, in at least float32, with shape ``(*batch, *event)``."""
+        event_dim = len(self.event_shape)
+        batch = x.shape[: x.dim() - event_dim]
+        if isinstance(self.network, Denoiser):
+            flat = x.reshape(*batch, -1)
+            mean = self.network.mean(flat, self.grid.alpha[t].item(), self.grid.sigma[t].item())
+            return {"output": mean.reshape(x.shape)}
+        time = torch.full((batch.numel(),), self.grid.time[t].item(), device=x.device)
+        flat = flatten_batch(x, event_dim).to(self.network_dtype)
+        out = self.network(flat, time.to(flat.dtype), **self._batch_context(context, batch))
+        return {"output": self._check_output(out, batch)}
+
+    def kernel(self, x: Tensor, t: int, evaluation: Tree = None, **context: Any) -> Kernel:
+        if evaluation is None:
+            evaluation = self.evaluate(x, t, **context)
+        mean = self._denoise(x, t, evaluation["output"])
+        law = self._law(x, t, mean, evaluation["output"])
+        denoised = normal(mean, self.signal(t).variance, len(self.event_shape))
+        covariance = (lambda: self._covariance(x, t)) if self.closed_form else None
+        return Kernel(law, denoised, covariance)
+
+    def signal(self, t: int) -> Signal:
+        return self._signals[t]
+
+    # ---------------------------------------------------------------------------- the transition
+
+    def _denoise(self, x: Tensor, t: int, output: Tensor) -> Tensor:
+        alpha, sigma = self.grid.alpha[t].item(), self.grid.sigma[t].item()
+        if self.variance == "learned":
+            output = output.chunk(2, -len(self.event_shape))[0]
+        match "x0" if self.closed_form else self.parameterization:
+            case "x0":
+                mean = output
+            case "epsilon":
+                mean = (x - sigma * output) / alpha
+            case "v":
+                mean = alpha * x - sigma * output
+            case "score":
+                mean = (x + sigma**2 * output) / alpha
+        return mean if self.clip_denoised is None else mean.clamp(*self.clip_denoised)
+
+    def _law(self, x: Tensor, t: int, denoised: Tensor, output: Tensor) -> Distribution:
+        c_0, c_t, small = self._coefficients(t)
+        event_dim = len(self.event_shape)
+        mean = c_0 * denoised + c_t * x
+        match self.variance:
+            case "small":
+                return normal(mean, small, event_dim)
+            case "large":
+                return normal(mean, self.grid.transition(t).variance.item(), event_dim)
+            case "learned":
+                return normal(mean, self._learned(t, output), event_dim)
+            case "exact":
+                diagonal, factor = self._covariance(x, t)
+                return CovariantNormal(mean, small + c_0**2 * diagonal, c_0 * factor, event_dim)
+            case "mixture":
+                return self._mixture(x, t)
+
+    def _coefficients(self, t: int) -> tuple[float, float, float]:
+        """c_0, c_t and eta^2 beta-tilde."""
+        grid = self.grid
+        small = self.eta**2 * grid.posterior(t).variance.item()
+        before = grid.sigma[t - 1].item() ** 2
+        c_t = math.sqrt(max(before - small, 0.0)) / grid.sigma[t].item()
+        return grid.alpha[t - 1].item() - c_t * grid.alpha[t].item(), c_t, small
+
+    def _learned(self, t: int, output: Tensor) -> Tensor:
+        """exp(f log beta + (1 - f) log beta-tilde), f = (v + 1) / 2."""
+        large = self.grid.transition(t).variance.item()
+        small = self.grid.posterior(max(t, 2)).variance.item()
+        share = (output.chunk(2, -len(self.event_shape))[1] + 1) / 2
+        return torch.exp(share * math.log(large) + (1 - share) * math.log(small))
+
+    def _covariance(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        flat = x.reshape(*x.shape[: x.dim() - len(self.event_shape)], -1)
+        assert isinstance(self.network, Denoiser)
+        level = self.grid.alpha[t].item(), self.grid.sigma[t].item()
+        return low_rank_covariance(self.network, flat, *level)
+
+    def _mixture(self, x: Tensor, t: int) -> Distribution:
+        assert isinstance(self.network, MixtureDenoiser)
+        c_0, c_t, small = self._coefficients(t)
+        parts = self.network.components(x, self.grid.alpha[t].item(), self.grid.sigma[t].item())
+        means = c_0 * parts.means + c_t * x[..., None, :]
+        covariances = small + c_0**2 * parts.covariances
+        if covariances.dim() == 1:
+            covariances = covariances[:, None]
+        laws = dist.Normal(means, covariances.sqrt().expand(means.shape)).to_event(1)
+        logits = dist.Categorical(logits=parts.log_weights, validate_args=False)
+        return dist.MixtureSameFamily(logits, laws, validate_args=False)
+
+    def _tabulate(self) -> list[Signal]:
+        """The chain's own variance of x_0 given x_t: v_t = v_{t-1} + slope_{t-1}^2 V_t."""
+        signals, s2 = [Signal(1.0, 0.0, 1.0, 0.0)], self.scale**2
+        for t in range(1, self.num_steps + 1):
+            alpha, sigma = self.grid.alpha[t].item(), self.grid.sigma[t].item()
+            slope = alpha * s2 / (alpha**2 * s2 + sigma**2)
+            c_0, _, kernel = self._coefficients(t)
+            if self.variance == "large":
+                kernel = self.grid.transition(t).variance.item()
+            if self.variance in ("exact", "mixture"):
+                kernel += c_0**2 * slope * sigma**2 / alpha
+            variance = signals[-1].variance + signals[-1].slope ** 2 * kernel
+            signals.append(Signal(alpha, sigma, slope, variance))
+        return signals
+
+    # -------------------------------------------------------------------------------- bad input
+
+    def _check(self, parameterization: str, variance: str, eta: float) -> None:
+        if parameterization not in ("epsilon", "x0", "v", "score"):
+            raise ValueError(
+                f"parameterization must be 'epsilon', 'x0', 'v' or 'score', got {parameterization!r}"
+            )
+        if variance not in ("small", "large", "learned", "exact", "mixture"):
+            raise ValueError(
+                "variance must be 'small', 'large', 'learned', 'exact' or 'mixture', got "
+                f"{variance!r}"
+            )
+        if not 0.0 <= eta <= 1.0:
+            raise ValueError(f"eta lies between 0 (DDIM) and 1 (DDPM), got {eta}")
+        if variance == "exact" and not self.closed_form:
+            raise ValueError(
+                "variance='exact' needs Cov[x_0 | x_t], which an exact denoiser knows and a network "
+                "does not: use 'small', 'large' or 'learned'"
+            )
+        if variance == "mixture" and not isinstance(self.network, MixtureDenoiser):
+            raise ValueError("variance='mixture' is the exact kernel of a MixtureDenoiser only")
+
+    def _check_output(self, out: Tensor, batch: Size) -> Tensor:
+        channels = 2 if self.variance == "learned" else 1
+        wanted = (channels * self.event_shape[0], *self.event_shape[1:])
+        if tuple(out.shape) != (batch.numel(), *wanted):
+            raise ValueError(
+                f"the network returned shape {tuple(out.shape)} for a batch of {batch.numel()}, but "
+                f"event_shape={tuple(self.event_shape)} and variance={self.variance!r} need "
+                f"{(batch.numel(), *wanted)}"
+            )
+        return out.to(torch.promote_types(out.dtype, torch.float32)).reshape(*batch, *wanted)
+
+    def _batch_context(self, context: dict[str, Any], batch: Size) -> dict[str, Any]:
+        """Context tensors with one row per row of the batch."""
+        rows = {}
+        for name, value in context.items():
+            if isinstance(value, Tensor):
+                dim = value.dim() - self.context_dims.get(name, 0)
+                own = value.shape[dim:]
+                try:
+                    value = value.expand(*batch, *own).reshape(-1, *own)
+                except RuntimeError as error:
+                    raise ValueError(
+                        f"context {name!r} has shape {tuple(value.shape)}, which does not fit a batch "
+                        f"of shape {tuple(batch)} with {len(own)} event dimensions: set "
+                        f"context_dims={{{name!r}: ...}}"
+                    ) from error
+            rows[name] = value
+        return rows
+
+
+def _event_shape(network: object, event_shape: Sequence[int] | None) -> Size:
+    if event_shape is not None:
+        return Size(event_shape)
+    if isinstance(network, GaussianDenoiser):
+        network = network.mixture
+    if isinstance(network, MixtureDenoiser):
+        return network.means.shape[-1:]
+    raise ValueError("event_shape is needed: the shape of one sample, such as (1, 28, 28)")
+
+
+def _scale(network: object) -> float:
+    """The root mean square deviation of the data: known for exact denoisers, else 1."""
+    if not isinstance(network, Denoiser):
+        return 1.0
+    dim = _event_shape(network, None)
+    far = network.covariance(torch.zeros(dim), 0.0, 1.0)  # nothing is known of x_0 there
+    return math.sqrt(far.diagonal(dim1=-2, dim2=-1).mean().item())
+
+
+def _place(network: object) -> tuple[torch.dtype, torch.device, torch.dtype]:
+    """The dtype of states (at least float32), the device, and the network's own dtype."""
+    tensors = []
+    if isinstance(network, nn.Module):
+        tensors = [p for p in (*network.parameters(), *network.buffers()) if p.is_floating_point()]
+    own = tensors[0].dtype if tensors else torch.get_default_dtype()
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return torch.promote_types(own, torch.float32), device, own

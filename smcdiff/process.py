@@ -1,0 +1,209 @@
+r"""Processes: pre-trained samplers as random variables of Pyro programs.
+
+A process is a Markov chain from noise to data,
+
+.. math:: p(x_{T:0}) = p_T(x_T) \prod_{t=T}^{1} p(x_{t-1} \mid x_t),
+
+where :math:`x_0` is data, :math:`x_T` is noise and the integer :math:`t` counts the steps that remain.
+``x = prior("x")`` is one Pyro statement. Unhandled, it emits the sample sites ``x_T ... x_0`` and the
+deterministic site ``x``; an inference algorithm intercepts it as a whole (an effect of type
+``"process"``) and puts its particles' estimate of :math:`x_0` in its place.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+from pyro.distributions import Delta, Distribution
+from pyro.poutine.runtime import effectful
+from torch import Size, Tensor
+
+Tree = Any  # a tensor, or a dict of trees: whatever a network returned, one row per particle
+
+
+@dataclass(frozen=True)
+class Signal:
+    r"""What a Gaussian process knows at step t, for data of scale s.
+
+    Attributes:
+        alpha, sigma: :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`.
+        slope: :math:`d\hat x_0 / d x_t`, the denoiser's slope; 1 at t = 0.
+        variance: the variance of x_0 given x_t *under the discretised chain*; 0 at t = 0.
+    """
+
+    alpha: float
+    sigma: float
+    slope: float
+    variance: float
+
+    @property
+    def precision(self) -> float:
+        r""":math:`\alpha_t^2 / \sigma_t^2`, the signal-to-noise ratio."""
+        return self.alpha**2 / self.sigma**2 if self.sigma > 0 else float("inf")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    r"""One reverse transition and what its evaluation says about the data.
+
+    Attributes:
+        law: :math:`p(x_{t-1} \mid x_t)`, batched over particles; a ``Delta`` where it has no variance.
+        denoised: a law of x_0 given x_t (a point, a Gaussian, categorical probabilities).
+        covariance: computes the exact covariance diag(a) + F F' of x_0 given x_t, as a of shape
+            ``(*batch, d)`` and F of shape ``(*batch, d, r)``, where it is known in closed form.
+    """
+
+    law: Distribution
+    denoised: Distribution
+    covariance: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+
+class Process(ABC):
+    r"""A pre-trained reverse process.
+
+    Subclasses define :meth:`initial`, :meth:`evaluate` and :meth:`kernel`. States have shape
+    ``(*batch, *event_shape)``; tensors in ``context`` have the batch shape on the left.
+
+    Attributes:
+        num_steps: T, the number of transitions.
+        event_shape: the shape of x_0.
+    """
+
+    num_steps: int
+    event_shape: Size
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether :attr:`Kernel.covariance` is known."""
+        return False
+
+    def shape_at(self, t: int) -> Size:
+        """The event shape of x_t; that of x_0 unless a process changes shape on its way."""
+        return self.event_shape
+
+    @abstractmethod
+    def initial(self, **context: Any) -> Distribution:
+        r"""The law :math:`p_T(x_T)`, with an empty batch shape or that of the context."""
+
+    @abstractmethod
+    def evaluate(self, x: Tensor, t: int, **context: Any) -> Tree:
+        r"""The one network call at :math:`x_t`: a tensor or dict of tensors with the batch on the left."""
+
+    @abstractmethod
+    def kernel(self, x: Tensor, t: int, evaluation: Tree = None, **context: Any) -> Kernel:
+        """The transition out of ``x``, a pure function of ``evaluation`` (evaluated here if None)."""
+
+    def signal(self, t: int) -> Signal | None:
+        """Noise levels and scalar denoiser statistics at t; None where x_t is not a noised x_0."""
+        return None
+
+    def calls(self, t: int) -> int:
+        """How many network calls :meth:`evaluate` makes at t."""
+        return 1
+
+    @property
+    def shares(self) -> "Process | None":
+        """The process whose evaluation :meth:`extend` builds upon (None: nothing to share)."""
+        return None
+
+    def extend(self, evaluation: Tree, x: Tensor, t: int, **context: Any) -> Tree:
+        """This process's evaluation, given that of :attr:`shares` at the same state."""
+        raise TypeError(f"{type(self).__name__} shares no evaluation")
+
+    # A process may stand for several named sites (a Team); an ordinary one stands for itself.
+    def members(self, name: str) -> tuple[str, ...]:
+        """The names of the sites that this process stands for when called ``name``."""
+        return (name,)
+
+    def split(self, name: str, x: Tensor) -> dict[str, Tensor]:
+        """One state per member."""
+        return {name: x}
+
+    def join(self, name: str, xs: dict[str, Tensor]) -> Tensor:
+        """The inverse of :meth:`split`."""
+        return xs[name]
+
+    def split_law(self, name: str, law: Distribution) -> dict[str, Distribution]:
+        """One law per member; the members are independent given the past."""
+        return {name: law}
+
+    def member_dim(self, name: str, member: str) -> int:
+        """How many dimensions an event of one member has."""
+        return len(self.event_shape)
+
+    def register(self, name: str) -> None:
+        """Makes trainable parameters known to Pyro (nothing to do for a frozen process)."""
+
+    def __call__(self, name: str, **context: Any) -> Any:
+        """Declares the random variable ``name``; returns x_0 (for a Team, one x_0 per member)."""
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"a process needs a site name, as in prior('x'), but got {name!r}")
+        self.register(name)
+        x = statement(self, name, context, name=name)
+        members = self.split(name, x)
+        return members if self.members(name) != (name,) else x
+
+
+@effectful(type="process")
+def statement(process: Process, site: str, context: dict[str, Any]) -> Tensor:
+    """The default meaning of a process: sample its whole path, one Pyro site per step."""
+    x = _emit(process, site, process.num_steps, process.initial(**context))
+    for t in range(process.num_steps, 0, -1):
+        x = _emit(process, site, t - 1, process.kernel(x, t, **context).law)
+    for name, member in process.split(site, x).items():
+        pyro.deterministic(name, member, event_dim=process.member_dim(site, name))
+    return x
+
+
+def _emit(process: Process, site: str, t: int, law: Distribution) -> Tensor:
+    """Samples x_t at the sites ``<member>_<t>``; zero-variance laws are deterministic sites."""
+    if process.members(site) == (site,):
+        return _sample(f"{site}_{t}", law)
+    laws = process.split_law(site, law)
+    return process.join(site, {m: _sample(f"{m}_{t}", each) for m, each in laws.items()})
+
+
+def _sample(name: str, law: Distribution) -> Tensor:
+    if isinstance(law, Delta):
+        event_dim = law.event_dim
+        x = pyro.sample(
+            name,
+            Delta(law.v, event_dim=event_dim).mask(False),
+            obs=law.v,
+            infer={"_deterministic": True, "is_auxiliary": True},
+        )
+    else:
+        x = pyro.sample(name, law)
+    assert isinstance(x, Tensor)
+    return x
+
+
+def is_deterministic(law: Distribution) -> bool:
+    """Whether a transition has no variance (and therefore no density)."""
+    return isinstance(law, Delta)
+
+
+def flatten_batch(x: Tensor, event_dim: int) -> Tensor:
+    """(*batch, *event) -> (batch, *event)."""
+    return x.reshape(-1, *x.shape[x.dim() - event_dim :])
+
+
+def batched(function: Callable[..., Tensor], event_dim: int) -> Callable[..., Tensor]:
+    """Lets a network that wants exactly one batch axis be used in a program, under any plates.
+
+    Args:
+        function: maps ``(batch, *event)`` to ``(batch, *out)``.
+        event_dim: the number of dimensions of one input.
+
+    Returns:
+        A function from ``(*batch, *event)`` to ``(*batch, *out)``.
+    """
+
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        batch = x.shape[: x.dim() - event_dim]
+        out = function(flatten_batch(x, event_dim), *args, **kwargs)
+        return out.reshape(*batch, *out.shape[1:])
+
+    return call
