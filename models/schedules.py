@@ -233,7 +233,7 @@ class FromAlphas(Schedule):
 
     def __init__(self, alphas: Numbers, time: Numbers | None = None) -> None:
         self.alphas = _check_alphas(alphas)
-        self.time = _table(range(1, len(self.alphas) + 1) if time is None else time)
+        self.time = _table(torch.arange(len(self.alphas)) + 1 if time is None else time)
         if self.time.shape != self.alphas.shape:
             raise _wrong(
                 f"one time per alpha, with shape ({len(self.alphas)},)",
