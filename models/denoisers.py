@@ -124,6 +124,12 @@ class MixtureDenoiser(Denoiser):
     def log_density(self, x: State, alpha: Level, sigma: Level) -> Float64[Tensor, "*batch"]:
         return self._log_joint(self._precise(x), alpha, sigma).logsumexp(-1)
 
+    def responsibilities(
+        self, x: State, alpha: Level, sigma: Level
+    ) -> Float64[Tensor, "*batch K"]:
+        """The r_k: how probable each component is, given x_t = x."""
+        return self._log_joint(self._precise(x), alpha, sigma).softmax(-1)
+
     def components(self, x: State, alpha: Level, sigma: Level) -> Components:
         """The exact law of x_0 given x_t = x."""
         precise = self._precise(x)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from smcdiff.models.schedules import (
     LogSNR,
     OrnsteinUhlenbeck,
     Schedule,
+    Spacing,
     VariancePreserving,
 )
 
@@ -139,8 +141,8 @@ def test_linspace_is_that_of_improved_diffusion(length: int, num_steps: int) -> 
     np.testing.assert_array_equal(grid.time[1:], theirs)
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
-def test_respacing_keeps_levels_of_training(spacing: str) -> None:
+@pytest.mark.parametrize("spacing", get_args(Spacing))
+def test_respacing_keeps_levels_of_training(spacing: Spacing) -> None:
     schedule = VariancePreserving(spacing=spacing)
     whole, few = schedule.grid(1000), schedule.grid(30)
     kept = few.time[1:].long() + 1
@@ -148,8 +150,8 @@ def test_respacing_keeps_levels_of_training(spacing: str) -> None:
     torch.testing.assert_close(few.sigma[1:], whole.sigma[kept], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
-def test_one_step_starts_from_noise(spacing: str) -> None:
+@pytest.mark.parametrize("spacing", get_args(Spacing))
+def test_one_step_starts_from_noise(spacing: Spacing) -> None:
     assert VariancePreserving(spacing=spacing).grid(1).time[1] == 999
 
 
