@@ -150,7 +150,7 @@ def unstack(rows: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def law_covariance(laws: Mapping[str, Distribution]) -> Covariance | None:
     """V of all laws together; None where some law has no Gaussian density."""
-    if any(is_deterministic(law) for law in laws.values()):
+    if not laws or any(is_deterministic(law) for law in laws.values()):
         return None
     if not all(_is_gaussian(law) for law in laws.values()):
         return None

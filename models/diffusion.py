@@ -12,6 +12,7 @@ tables of a schedule that gives the reverse transitions (Ho et al. 2020; Song et
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import pyro.distributions as dist
@@ -108,9 +109,9 @@ class Diffusion(Process):
         if evaluation is None:
             evaluation = self.evaluate(x, t, **context)
         mean = self._denoise(x, t, evaluation["output"])
-        law = self._law(x, t, mean, evaluation["output"])
+        covariance = cache(lambda: self._covariance(x, t)) if self.closed_form else None
+        law = self._law(x, t, mean, evaluation["output"], covariance)
         denoised = normal(mean, self.signal(t).variance, len(self.event_shape))
-        covariance = (lambda: self._covariance(x, t)) if self.closed_form else None
         return Kernel(law, denoised, covariance)
 
     def signal(self, t: int) -> Signal:
@@ -133,7 +134,14 @@ class Diffusion(Process):
                 mean = (x + sigma**2 * output) / alpha
         return mean if self.clip_denoised is None else mean.clamp(*self.clip_denoised)
 
-    def _law(self, x: Tensor, t: int, denoised: Tensor, output: Tensor) -> Distribution:
+    def _law(
+        self,
+        x: Tensor,
+        t: int,
+        denoised: Tensor,
+        output: Tensor,
+        covariance: Callable[[], tuple[Tensor, Tensor]] | None,
+    ) -> Distribution:
         c_0, c_t, small = self._coefficients(t)
         event_dim = len(self.event_shape)
         mean = c_0 * denoised + c_t * x
@@ -145,7 +153,8 @@ class Diffusion(Process):
             case "learned":
                 return normal(mean, self._learned(t, output), event_dim)
             case "exact":
-                diagonal, factor = self._covariance(x, t)
+                assert covariance is not None
+                diagonal, factor = covariance()
                 return CovariantNormal(mean, small + c_0**2 * diagonal, c_0 * factor, event_dim)
             case "mixture":
                 return self._mixture(x, t)

@@ -11,24 +11,55 @@ def low_rank_covariance(
 ) -> tuple[Tensor, Tensor]:
     r"""Cov[x_0 | x_t = x] = diag(a) + F F'.
 
-    A mixture of isotropic or diagonal components has the average of their variances on the diagonal,
-    and the spread of their means, :math:`\sqrt{r_k}(\mu_k - \bar\mu)`, as the columns of F.
+    A mixture of isotropic or diagonal components has the average of their variances on the diagonal;
+    F F' is the spread of their means :math:`\sum_k r_k (\mu_k - \bar\mu)(\mu_k - \bar\mu)^\top`.
 
     Returns:
-        a of shape ``(*batch, d)`` and F of shape ``(*batch, d, r)``.
+        a of shape ``(*batch, d)`` and F of shape ``(*batch, d, r)``, r at most the smaller of d and K.
     """
     if isinstance(denoiser, GaussianDenoiser):
         denoiser = denoiser.mixture
-    if isinstance(denoiser, MixtureDenoiser) and denoiser.covariances.dim() < 3:
-        parts = denoiser.components(x, alpha, sigma)
-        weights = parts.log_weights.exp().to(x.dtype)
-        covariances = parts.covariances
-        if covariances.dim() == 1:
-            covariances = covariances[:, None].expand(-1, x.shape[-1])
-        center = weights[..., None, :] @ parts.means
-        offsets = (parts.means - center) * weights.sqrt()[..., None]
-        return weights @ covariances, offsets.mT
-    return split_full(denoiser.covariance(x, alpha, sigma))
+    if not isinstance(denoiser, MixtureDenoiser) or denoiser.covariances.dim() == 3:
+        return split_full(denoiser.covariance(x, alpha, sigma))
+    if denoiser.covariances.shape == (1,):
+        return _shared(denoiser, x, alpha, sigma)
+    parts = denoiser.components(x, alpha, sigma)
+    weights, covariances = parts.log_weights.exp().to(x.dtype), parts.covariances
+    if covariances.dim() == 1:
+        covariances = covariances[:, None].expand(-1, x.shape[-1])
+    center = weights[..., None, :] @ parts.means
+    offsets = (parts.means - center) * weights.sqrt()[..., None]
+    wide = offsets.shape[-2] > offsets.shape[-1]
+    return weights @ covariances, _square_root(offsets.mT @ offsets) if wide else offsets.mT
+
+
+def _shared(
+    denoiser: MixtureDenoiser, x: Tensor, alpha: float, sigma: float
+) -> tuple[Tensor, Tensor]:
+    """Components of one isotropic variance v: noise moves all their means alike, by a factor.
+
+    The means' spread then lives in the few directions in which the prior's means differ.
+    """
+    variance = denoiser.covariances.item()
+    keep = sigma**2 / (alpha**2 * variance + sigma**2)
+    weights = denoiser.responsibilities(x, alpha, sigma).to(x.dtype)
+    offsets = denoiser.means - denoiser.means.mean(0)
+    _, sizes, rows = torch.linalg.svd(offsets, full_matrices=False)
+    basis = rows[sizes > 1e-10 * sizes.max().clamp(min=1e-300)].mT
+    points = keep * offsets @ basis
+    spread = (points - (weights @ points)[..., None, :]) * weights.sqrt()[..., None]
+    factor = basis @ _square_root(spread.mT @ spread)
+    diagonal = x.new_full(x.shape, keep * variance)
+    return diagonal, factor if factor.shape[-1] else diagonal.new_zeros(*x.shape, 1)
+
+
+def _square_root(gram: Tensor) -> Tensor:
+    """L with L L' = gram, up to a relative 1e-12 that keeps it positive definite."""
+    size = gram.shape[-1]
+    jitter = 1e-12 * gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0) + 1e-30
+    eye = torch.eye(size, dtype=gram.dtype, device=gram.device)
+    factor: Tensor = torch.linalg.cholesky(gram + jitter[..., None, None] * eye)
+    return factor
 
 
 def split_full(covariance: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,90 @@
+r"""Intermediate rewards: twists made of the reward at the denoised estimate (Feynman-Kac steering).
+
+With :math:`\hat r_t` the program's log-density at the denoised estimate (Singhal et al. 2025,
+arXiv 2501.06848, section 3), a twist is its current value, its running maximum or its running sum,
+
+.. math:: \log \psi_t = \lambda \hat r_t, \quad \lambda \max_{s \ge t} \hat r_s, \quad
+          \lambda \textstyle\sum_{s \ge t} \hat r_s .
+
+The engine puts the true reward in place of the twist at t = 0, so that all of them aim at the same
+target; they differ in variance only.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from smcdiff.program import Program
+from smcdiff.twist import Twist, TwistValue, View
+
+
+class IntermediateReward(Twist):
+    """The reward at the denoised estimate, or its running maximum or sum.
+
+    Args:
+        kind: ``"difference"`` (the current value: its differences are the weights), ``"max"`` or
+            ``"sum"``.
+        strength: lambda.
+        num_draws: draws of x_0 to average over (0: the denoised mean; discrete processes always draw).
+    """
+
+    def __init__(
+        self,
+        kind: Literal["difference", "max", "sum"] = "difference",
+        strength: float = 1.0,
+        num_draws: int = 0,
+    ) -> None:
+        if kind not in ("difference", "max", "sum"):
+            raise ValueError(f"kind must be 'difference', 'max' or 'sum', but got {kind!r}")
+        self.kind, self.strength, self._draws = kind, strength, num_draws
+
+    @property
+    def num_draws(self) -> int:
+        return self._draws
+
+    def evaluate(self, view: View) -> TwistValue:
+        values = view.log_likelihood()
+        draws = values[1:] if view.num_estimates > 1 else values
+        reward = torch.logsumexp(draws, 0) - math.log(len(draws))
+        before = view.memory.get("reward")
+        if before is not None and self.kind == "max":
+            reward = torch.maximum(before, reward)
+        if before is not None and self.kind == "sum":
+            reward = before + reward
+        return TwistValue(self.strength * reward, memory={"reward": reward})
+
+
+class Tempered(Twist):
+    r"""Another twist to a power that may depend on t: :math:`\psi_t^{\lambda_t}`.
+
+    Args:
+        twist: the twist.
+        exponent: lambda_t in [0, 1], as a number or a function of ``(t, num_steps)``.
+    """
+
+    def __init__(self, twist: Twist, exponent: float | Callable[[int, int], float]) -> None:
+        self.twist, self.exponent = twist, exponent
+
+    def prepare(self, program: Program) -> None:
+        self.twist.prepare(program)
+        self.needs_gradient = self.twist.needs_gradient
+        self.needs_program_gradient = self.twist.needs_program_gradient
+
+    @property
+    def num_draws(self) -> int:
+        return self.twist.num_draws
+
+    def evaluate(self, view: View) -> TwistValue:
+        value = self.twist.evaluate(view)
+        exponent = self.exponent
+        power = (
+            exponent if isinstance(exponent, float) else exponent(view.t, view.program.num_steps)
+        )
+        cache = dict(value.cache)
+        if "direction" in cache:
+            cache["direction"] = cache["direction"] * power
+        if "noise" in cache:  # a Gaussian to the power lambda has its covariance divided by it
+            cache["noise"] = cache["noise"] / max(power, 1e-12)
+        return TwistValue(value.log_psi * power, cache, value.memory)
