@@ -5,7 +5,8 @@ r"""The one loop: properly weighted particles for any program, twist and proposa
     \ell_{t-1} &= \ell_t + \log p(x_{t-1} \mid x_t) - \log q(x_{t-1} \mid x_t)
                  + \log \psi_{t-1} - \log \psi_t, \qquad \psi_0 = \gamma(x_0, z),
 
-z the program's ordinary latents. Particles are resampled whenever their effective sample size asks for
+z the program's ordinary latents. Particles are resampled whenever their effective sample size asks
+for
 it, and then everything that belongs to a particle moves with it.
 """
 
@@ -14,13 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from pyro.distributions import Distribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
+from smcdiff.dissection import draw
 from smcdiff.execution import Statement
 from smcdiff.particles import Calls, Particles, Step, map_tree
 from smcdiff.process import Kernel, Tree, is_deterministic
-from smcdiff.program import Program, draw
+from smcdiff.program import Program
 from smcdiff.psis import khat as pareto_khat
 from smcdiff.resampling import resample
 from smcdiff.twist import Twist
@@ -37,10 +39,12 @@ class Settings:
 
     Attributes:
         num_particles, num_runs: N particles in each of several independent runs.
-        ess_threshold: resample when the effective sample size falls below this share of N (0: never;
+        ess_threshold: resample when the effective sample size falls below this share of N (0:
+        never;
             1: at every step).
         resampler: a name of ``smcdiff.resampling.RESAMPLERS``.
-        chunk_size: how many particles to evaluate at once (None: all). Bounds memory, changes nothing.
+        chunk_size: how many particles to evaluate at once (None: all). Bounds memory, changes
+        nothing.
         rejuvenation: moves the ordinary latents after resampling.
     """
 
@@ -102,13 +106,14 @@ class Engine:
         shapes = {n: tuple(x.shape[len(self.axes) :]) for n, x in state.x.items()}
         if state.axes != self.axes or set(state.x) != set(self.program.processes):
             raise ValueError(
-                f"the saved run has axes {state.axes} and processes {shapes}, but this one has axes "
-                f"{self.axes} and processes {sorted(self.program.processes)}: resume with the program and "
-                "settings that it was started with"
+                f"the saved run has axes {state.axes} and processes {shapes}, but this one has "
+                f"axes {self.axes} and processes {sorted(self.program.processes)}: resume with the "
+                "program and settings that it was started with"
             )
         if state.t > self.program.num_steps:
             raise ValueError(
-                f"the saved run stands at t = {state.t}, beyond this program's {self.program.num_steps}"
+                f"the saved run stands at t = {state.t}, beyond this program's "
+                f"{self.program.num_steps}"
             )
 
     # ------------------------------------------------------------------------------------ t = T

@@ -1,12 +1,14 @@
 r"""One look at the particles: network, program and twist, each state once, in chunks.
 
-Forward pass, program and backward pass run chunk by chunk, so that a chunk's activations are the most
-that is ever held. Random numbers are drawn for all particles at once, so answers do not depend on the
+Forward pass, program and backward pass run chunk by chunk, so that a chunk's activations are the
+most
+that is ever held. Random numbers are drawn for all particles at once, so answers do not depend on
+the
 chunk size.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,12 +27,56 @@ FLOOR = (
 )  # log psi_t of a state whose look-ahead violates a hard constraint: finite, as it must be
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Flat particles that are evaluated together.
+
+    Attributes:
+        noise: behind the draws of x_0, with shape ``(draw, particle, ...)``.
+        given: network outputs to be used instead of asking again.
+    """
+
+    x: dict[str, Tensor]
+    latents: dict[str, Tensor]
+    memory: dict[str, Tensor]
+    problems: Tensor | None
+    noise: dict[str, Tensor]
+    given: Tree | None
+
+    @property
+    def size(self) -> int:
+        return next(iter(self.x.values())).shape[0]
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """Some of the particles."""
+
+        def cut(tree: Tree) -> Tree:
+            return map_tree(lambda v: v[start:stop], tree)
+
+        noise = {n: v[:, start:stop] for n, v in self.noise.items()}
+        x, latents, memory = cut(self.x), cut(self.latents), cut(self.memory)
+        return Batch(x, latents, memory, cut(self.problems), noise, cut(self.given))
+
+    def tracked(self) -> "Batch":
+        """The same, with autograd following the continuous states."""
+        x = {n: v.detach().requires_grad_(v.is_floating_point()) for n, v in self.x.items()}
+        return replace(self, x=x)
+
+    def repeated(self, copies: int) -> dict[str, Tensor]:
+        """The latents, once per estimate of x_0."""
+        return {n: v.repeat(copies, *(1,) * (v.dim() - 1)) for n, v in self.latents.items()}
+
+    def repeated_problems(self, copies: int) -> Tensor | None:
+        return None if self.problems is None else self.problems.repeat(copies)
+
+
 @dataclass
 class Evaluator:
     """Evaluates flat particles ``(particle, ...)`` and counts what that costs.
 
     Attributes:
-        keeps_draws: whether the noise behind the draws of x_0 is cached, for :meth:`look` ``again``.
+        keeps_draws: whether the noise behind the draws of x_0 is cached, for :meth:`look`
+        ``again``.
         calls: evaluations since :meth:`take_calls`, one per particle.
         shared_context: the context entries that all particles share, by process.
     """
@@ -46,43 +92,31 @@ class Evaluator:
     def look(
         self,
         t: int,
-        x: Mapping[str, Tensor],
-        latents: Mapping[str, Tensor],
-        memory: Mapping[str, Tensor],
+        x: dict[str, Tensor],
+        latents: dict[str, Tensor],
+        memory: dict[str, Tensor],
         problems: Tensor | None,
         again: Tree | None = None,
     ) -> dict[str, Tree]:
         """Everything that belongs to the particles because they are at ``x``: the engine's cache.
 
         Args:
-            again: the cache of an earlier look at the same ``x``, whose network outputs and draws are
-                used again (for other latents).
+            again: the cache of an earlier look at the same ``x``, whose network outputs and draws
+                are used again (for other latents).
 
         Returns:
             ``log_psi`` and, at t >= 1, ``evaluation`` and ``context`` by process, the twist's own
             tensors (``twist``, ``memory``) and the proposal's (``proposal``).
         """
-        batch = next(iter(x.values())).shape[0]
         if again is not None:
             noise = {n: v.transpose(0, 1) for n, v in again.get("noise", {}).items()}
+            given = again["evaluation"]
         else:
-            noise = self._noise(t, x) if t > 0 else {}
-        size = batch if self.chunk_size is None else self.chunk_size
-        parts = []
-        for start in range(0, batch, size):
-            rows = slice(start, start + size)
-            parts.append(
-                self._look_at_chunk(
-                    t,
-                    {n: v[rows] for n, v in x.items()},
-                    {n: v[rows] for n, v in latents.items()},
-                    {n: v[rows] for n, v in memory.items()},
-                    None if problems is None else problems[rows],
-                    {n: v[:, rows] for n, v in noise.items()},
-                    None if again is None else map_tree(lambda v: v[rows], again["evaluation"]),
-                )
-            )
-        cache = concatenate(parts)
+            noise, given = self._noise(t, x) if t > 0 else {}, None
+        whole = Batch(x, latents, memory, problems, noise, given)
+        size = self.chunk_size or whole.size
+        chunks = [whole.rows(start, start + size) for start in range(0, whole.size, size)]
+        cache = concatenate([self._look_at(t, chunk) for chunk in chunks])
         if self.keeps_draws and t > 0:
             cache["noise"] = {n: v.transpose(0, 1) for n, v in noise.items()}
         return cache
@@ -104,23 +138,14 @@ class Evaluator:
 
     # --------------------------------------------------------------------------------- one chunk
 
-    def _look_at_chunk(
-        self,
-        t: int,
-        x: dict[str, Tensor],
-        latents: dict[str, Tensor],
-        memory: dict[str, Tensor],
-        problems: Tensor | None,
-        noise: dict[str, Tensor],
-        given: Tree | None,
-    ) -> dict[str, Tree]:
+    def _look_at(self, t: int, batch: Batch) -> dict[str, Tree]:
         if t == 0:
-            return {"log_psi": self._likelihood(x, latents, problems)}
-        track = self.twist.needs_gradient and given is None
+            return {"log_psi": self._likelihood(batch)}
+        track = self.twist.needs_gradient and batch.given is None
         with torch.set_grad_enabled(track or self.twist.needs_program_gradient):
             if track:
-                x = {n: v.detach().requires_grad_(v.is_floating_point()) for n, v in x.items()}
-            view = self._view(t, x, latents, memory, problems, noise, given)
+                batch = batch.tracked()
+            view = self._view(t, batch)
             if track:
                 self._check_differentiable(view)
             value = self.twist.evaluate(view)
@@ -128,71 +153,68 @@ class Evaluator:
             extra = self.proposal.observe(view)
         return map_tree(torch.Tensor.detach, self._cache(view, value, extra))
 
-    def _likelihood(
-        self, x: dict[str, Tensor], latents: dict[str, Tensor], problems: Tensor | None
-    ) -> Tensor:
-        batch = next(iter(x.values())).shape[0]
+    def _likelihood(self, batch: Batch) -> Tensor:
         with torch.no_grad():
-            execution = self.program.execute(lambda s: x[s.name], latents, batch, problems)
+            execution = self.program.execute(
+                lambda s: batch.x[s.name], batch.latents, batch.size, batch.problems
+            )
             log_psi = execution.log_joint()
-        self.calls += Calls(program=batch)
+        self._spend(Calls(program=batch.size))
         if bool(log_psi.isnan().any()):
             raise ValueError(_blame(execution, 0))
         return log_psi
 
-    def _view(
-        self,
-        t: int,
-        x: dict[str, Tensor],
-        latents: dict[str, Tensor],
-        memory: dict[str, Tensor],
-        problems: Tensor | None,
-        noise: dict[str, Tensor],
-        given: Tree | None,
-    ) -> View:
-        batch = next(iter(x.values())).shape[0]
+    def _view(self, t: int, batch: Batch) -> View:
         copies = 1 + self.twist.num_draws
         kernels: dict[str, Kernel] = {}
         evaluations: dict[str, Tree] = {}
         contexts: dict[str, dict[str, Any]] = {}
 
         def estimate(statement: Statement) -> Tensor:
-            name, process = statement.name, statement.process
-            context = self._context(statement, batch)
-            with torch.set_grad_enabled(self.twist.needs_gradient and given is None):
-                if given is None:
-                    evaluation = process.evaluate(x[name], t, **context)
-                    self.calls += Calls(network=batch * process.calls(t))
-                else:
-                    evaluation = given[name]
-                kernel = process.kernel(x[name], t, evaluation, **context)
-                estimates = _estimates(kernel, noise.get(name), copies)
-            _check_finite(name, t, evaluation)
-            kernels[name], evaluations[name], contexts[name] = kernel, evaluation, context
+            name = statement.name
+            contexts[name] = self._context(statement, batch.size)
+            with torch.set_grad_enabled(batch.x[name].requires_grad):
+                evaluations[name] = self._evaluate(t, statement, batch, contexts[name])
+                kernels[name] = statement.process.kernel(
+                    batch.x[name], t, evaluations[name], **contexts[name]
+                )
+                estimates = _estimates(kernels[name], batch.noise.get(name), copies)
             if self.twist.needs_program_gradient and not estimates.requires_grad:
                 estimates.requires_grad_(estimates.is_floating_point())
             return estimates
 
-        repeated = {n: v.repeat(copies, *(1,) * (v.dim() - 1)) for n, v in latents.items()}
-        rows = None if problems is None else problems.repeat(copies)
-        execution = self.program.execute(estimate, repeated, copies * batch, rows)
-        self.calls += Calls(program=copies * batch)
-        return View(
-            self.program,
-            t,
-            batch,
-            x,
-            latents,
-            kernels,
-            evaluations,
-            contexts,
-            execution,
-            copies,
-            memory,
-            problems,
-            lambda n: self._spend(Calls(network=n)),
-            lambda n: self._spend(Calls(gradient=n)),
+        execution = self.program.execute(
+            estimate, batch.repeated(copies), copies * batch.size, batch.repeated_problems(copies)
         )
+        self._spend(Calls(program=copies * batch.size))
+        return View(
+            program=self.program,
+            t=t,
+            batch=batch.size,
+            x=batch.x,
+            latents=batch.latents,
+            kernels=kernels,
+            evaluations=evaluations,
+            contexts=contexts,
+            execution=execution,
+            num_estimates=copies,
+            memory=batch.memory,
+            problems=batch.problems,
+            spend=lambda n: self._spend(Calls(network=n)),
+            backward=lambda n: self._spend(Calls(gradient=n)),
+        )
+
+    def _evaluate(
+        self, t: int, statement: Statement, batch: Batch, context: dict[str, Any]
+    ) -> Tree:
+        """The network's output: this is the only place where a particle's state meets it."""
+        name, process = statement.name, statement.process
+        if batch.given is not None:
+            return batch.given[name]
+        evaluation = process.evaluate(batch.x[name], t, **context)
+        self._spend(Calls(network=batch.size * process.calls(t)))
+        _check_finite(name, t, evaluation)
+        return evaluation
 
     def _spend(self, calls: Calls) -> None:
         self.calls += calls
@@ -243,8 +265,9 @@ class Evaluator:
                 if not view.execution.log_prob(name).requires_grad:
                     raise ValueError(
                         f"site {name!r} depends on {sorted(site.parents & continuous)} but has no "
-                        "gradient (is it computed with NumPy, or detached?): write it in torch, or use "
-                        "a twist without gradients, as in TwistedSMC(..., proposal='kernel')"
+                        "gradient (is it computed with NumPy, or detached?): write it in torch, "
+                        "or use a twist without gradients, as in TwistedSMC(..., "
+                        "proposal='kernel')"
                     )
 
 
@@ -254,7 +277,7 @@ def _estimates(kernel: Kernel, noise: Tensor | None, copies: int) -> Tensor:
     if noise is not None and noise.shape[0] == copies:
         while isinstance(law, torch.distributions.Independent):
             law = law.base_dist
-        cumulative = law.probs.cumsum(-1)  # type: ignore[attr-defined]
+        cumulative = law.probs.cumsum(-1)
         tokens = (cumulative < noise[..., None] * cumulative[..., -1:]).sum(-1)
         return tokens.clamp(max=cumulative.shape[-1] - 1).flatten(0, 1)
     mean: Tensor = law.mean
@@ -264,7 +287,7 @@ def _estimates(kernel: Kernel, noise: Tensor | None, copies: int) -> Tensor:
 
 
 def _check_finite(name: str, t: int, evaluation: Tree) -> None:
-    """Refuses NaN and infinity in what a network returned (log 0 of discrete logits is no network's)."""
+    """Refuses NaN and +inf in what a network returned (-inf is the log 0 of discrete logits)."""
     if isinstance(evaluation, dict):
         for key, part in evaluation.items():
             _check_finite(f"{name}[{key}]" if len(evaluation) > 1 else name, t, part)
@@ -273,9 +296,9 @@ def _check_finite(name: str, t: int, evaluation: Tree) -> None:
         if bool(bad.any()):
             rows = int(bad.flatten(1).any(1).sum()) if evaluation.dim() > 1 else int(bad.sum())
             raise ValueError(
-                f"process {name!r}: its network returned NaN or infinity at step t = {t} for {rows} of "
-                f"{evaluation.shape[0]} particles. Check the network's dtype and input scale, or clip "
-                "its estimate (clip_denoised)"
+                f"process {name!r}: its network returned NaN or infinity at step t = {t} for "
+                f"{rows} of {evaluation.shape[0]} particles. Check the network's dtype and input "
+                "scale, or clip its estimate (clip_denoised)"
             )
 
 

@@ -1,6 +1,7 @@
 r"""Guides as proposals: another program with the same process sites.
 
-A guide's processes are stepwise: their laws propose :math:`x_T` and every transition, and its ordinary
+A guide's processes are stepwise: their laws propose :math:`x_T` and every transition, and its
+ordinary
 latents propose the model's. Whatever a guide has learned, the weights correct it; it must only
 dominate the model.
 """
@@ -9,13 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.distributions import Distribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
+from smcdiff.dissection import draw
 from smcdiff.execution import Statement
 from smcdiff.laws import log_density
 from smcdiff.process import Kernel, Process, Tree, is_deterministic
-from smcdiff.program import Program, draw
+from smcdiff.program import Program
 from smcdiff.twist import View
 
 from .proposals import Move, Proposal, Start, log_ratio, sample_as
@@ -52,8 +54,8 @@ class GuidedProposal(Proposal):
             raise ValueError(f"the guide samples {sorted(extra)}, which the model does not have")
         if self.program.downstream:
             raise ValueError(
-                f"latents {sorted(self.program.downstream)} of the guide depend on a process: they are "
-                "drawn before x_T, so their law may depend on data and other latents only"
+                f"latents {sorted(self.program.downstream)} of the guide depend on a process: they "
+                "are drawn before x_T, so their law may depend on data and other latents only"
             )
 
     def latents(self, batch: int, problems: Tensor | None) -> tuple[dict[str, Tensor], Any]:
@@ -80,7 +82,7 @@ class GuidedProposal(Proposal):
         return self._score(start.laws, laws, draws, start.draws)
 
     def observe(self, view: View) -> Tree:
-        """Evaluates the guide's processes, sharing the model's network outputs where they build on them."""
+        """Evaluates the guide's processes, on top of the model's network outputs if they can."""
         evaluations: dict[str, Tree] = {}
         contexts: dict[str, Any] = {}
         members = self._split(self.model, {n: x.detach() for n, x in view.x.items()})
@@ -134,11 +136,11 @@ class GuidedProposal(Proposal):
         laws = (*model_laws.values(), *guide_laws.values())
         if set(model_laws) == set(guide_laws) or all(is_deterministic(law) for law in laws):
             pairs = zip(model_laws.items(), guide_laws.values(), strict=False)
-            total = sum(log_ratio(law, other, x[n]) for (n, law), other in pairs)
+            ratios = [log_ratio(law, other, x[n]) for (n, law), other in pairs]
         else:
-            total = sum(log_density(law, x[n]) for n, law in model_laws.items())
-            total = total - sum(log_density(law, draws[n]) for n, law in guide_laws.items())
-        assert isinstance(total, Tensor)
+            ratios = [log_density(law, x[n]) for n, law in model_laws.items()]
+            ratios += [-log_density(law, draws[n]) for n, law in guide_laws.items()]
+        total = torch.stack(ratios).sum(0)
         return Move({n: v.to(like[n].dtype) for n, v in x.items()}, total)
 
     def _shared(self, process: Process, view: View) -> Tree | None:

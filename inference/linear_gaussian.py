@@ -11,7 +11,8 @@ observations, their slope K, and the covariance R that x_0 keeps given the next 
 Any other shift s is corrected by the weight, computed in difference form:
 
 .. math::
-    \log \frac{p(e)}{q(e)} = \tfrac12 \left( e^\top H e - 2 e^\top \Lambda s + s^\top \Lambda s \right)
+    \log \frac{p(e)}{q(e)} = \tfrac12 \left( e^\top H e - 2 e^\top \Lambda s + s^\top \Lambda s
+    \right)
     - \tfrac12 \log\frac{|S|}{|R|}, \qquad H = K^\top R^{-1} K, \quad \Lambda = V^{-1} + H .
 """
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64
-from pyro.distributions import Distribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
 from smcdiff.laws import CovariantNormal, capacitance

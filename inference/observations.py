@@ -2,7 +2,8 @@ r"""The Gaussian observations of a program, seen as a linear map of its processe
 
 .. math:: r = y - \mu(\hat x_0), \qquad A = d\mu / d x_0, \qquad D = \mathrm{Cov}[y \mid x_0] .
 
-All observed sites (and all latents downstream of a process) with a Gaussian law are stacked into one
+All observed sites (and all latents downstream of a process) with a Gaussian law are stacked into
+one
 vector of length d_y, all processes into one of length d.
 """
 
@@ -12,8 +13,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from smcdiff.dissection import CHECKED, stand_in
 from smcdiff.execution import Execution
-from smcdiff.program import CHECKED, Program, _stand_in
+from smcdiff.program import Program
 
 from .linear_gaussian import block_diagonal, stack
 
@@ -52,7 +54,7 @@ def observe(execution: Execution, sites: tuple[str, ...], batch: int) -> Observa
 def operator(
     execution: Execution, mean: Tensor, batch: int, names: tuple[str, ...]
 ) -> Float64[Tensor, "particle y d"]:
-    """A at the first estimate of each particle: one backward pass of the program per observation."""
+    """A at each particle's first estimate: one backward pass of the program per observation."""
     states = [execution.states[n] for n in names]
     rows = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
     cotangents = rows[:, None, :].expand(-1, batch, -1)
@@ -74,7 +76,7 @@ def constant_operator(
     if program.num_problems is not None:
         problems = torch.arange(CHECKED) % program.num_problems
     with torch.enable_grad():
-        execution = program.execute(lambda s: _tracked(_stand_in(s)), {}, CHECKED, problems)
+        execution = program.execute(lambda s: _tracked(stand_in(s)), {}, CHECKED, problems)
         mean = observe(execution, sites, CHECKED).mean
         matrix = operator(execution, mean, CHECKED, names)
     scale = float(matrix.abs().max())

@@ -1,6 +1,7 @@
 r"""Proposals: where the next state comes from, and what that choice is worth.
 
-A proposal draws :math:`x_{t-1} \sim q(\cdot \mid x_t)` and returns :math:`\log p - \log q` at the draw.
+A proposal draws :math:`x_{t-1} \sim q(\cdot \mid x_t)` and returns :math:`\log p - \log q` at the
+draw.
 Any proposal that dominates the kernel gives the right answer.
 """
 
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float64
-from pyro.distributions import Distribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
 from smcdiff.laws import log_density
@@ -106,7 +107,8 @@ class TwistedKernel(Proposal):
     r"""The kernel moved, and narrowed, towards where the twist points.
 
     The move out of x_t has the mean :math:`m + V d` and, with ``curvature``, the covariance
-    :math:`(V^{-1} + K^\top R^{-1} K)^{-1}` (``linear_gaussian.py``); d is the twist's gradient, carried
+    :math:`(V^{-1} + K^\top R^{-1} K)^{-1}` (``linear_gaussian.py``); d is the twist's gradient,
+    carried
     to t - 1. Without curvature it is the gradient shift of twisted diffusion samplers.
 
     Args:

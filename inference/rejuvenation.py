@@ -1,8 +1,10 @@
 r"""Moves of ordinary latents that leave the current target invariant.
 
 After resampling, particles share ancestors and so share latents. A Metropolis-Hastings move of a
-latent z at fixed x_t, with target :math:`p(z)\,\psi_t(x_t, z)`, makes them differ again and changes no
-weight. It is valid only if no process context depends on z: otherwise z has shaped the path that led
+latent z at fixed x_t, with target :math:`p(z)\,\psi_t(x_t, z)`, makes them differ again and
+changes no
+weight. It is valid only if no process context depends on z: otherwise z has shaped the path that
+led
 to x_t, and the target would be the law of that whole path.
 """
 
@@ -53,8 +55,8 @@ class Rejuvenation:
                 raise ValueError(f"rejuvenation names {name!r}, which is no latent of the program")
             if name in feeding:
                 raise ValueError(
-                    f"latent {name!r} feeds the context of a process and cannot be rejuvenated: its old "
-                    "value has shaped the path. Leave it out of names"
+                    f"latent {name!r} feeds the context of a process and cannot be rejuvenated: "
+                    "its old value has shaped the path. Leave it out of names"
                 )
             if name not in able:
                 raise ValueError(f"latent {name!r} is discrete: only continuous ones can be moved")

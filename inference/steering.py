@@ -27,7 +27,8 @@ class IntermediateReward(Twist):
         kind: ``"difference"`` (the current value: its differences are the weights), ``"max"`` or
             ``"sum"``.
         strength: lambda.
-        num_draws: draws of x_0 to average over (0: the denoised mean; discrete processes always draw).
+        num_draws: draws of x_0 to average over (0: the denoised mean; discrete processes always
+        draw).
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from pyro.distributions import Distribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Size, Tensor
 
 from smcdiff.process import Kernel, Process, Signal, Tree
@@ -12,7 +12,8 @@ from smcdiff.process import Kernel, Process, Signal, Tree
 class Chain(Process):
     r"""Two processes in turn, as one process with the steps of both.
 
-    With S the steps of ``second``, a state at t > S is one of ``first`` and a state at t <= S one of
+    With S the steps of ``second``, a state at t > S is one of ``first`` and a state at t <= S one
+    of
     ``second``. With a ``link`` there is one step more, from first's x_0 to second's x_S.
 
     Args:
@@ -30,7 +31,8 @@ class Chain(Process):
         if link is None and first.event_shape != second.shape_at(second.num_steps):
             raise ValueError(
                 f"first ends with shape {tuple(first.event_shape)} and second starts with "
-                f"{tuple(second.shape_at(second.num_steps))}: give a link, the law of one given the other"
+                f"{tuple(second.shape_at(second.num_steps))}: give a link, the law of one given "
+                "the other"
             )
         self.first, self.second, self.link = first, second, link
         self.border = second.num_steps + (link is not None)

@@ -12,7 +12,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import Distribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Size, Tensor, nn
 
 from smcdiff.process import Kernel, Process, Signal, Tree, is_deterministic
@@ -23,9 +23,12 @@ class Controlled(Process):
 
     Args:
         base: the process that is changed (itself frozen).
-        control: ``control(x, t, denoised, **context)`` with the batch shape of x; returns u with the
-            shape of x (for discrete processes, with the shape of the logits). ``denoised`` is the mean
-            of the base's law of x_0 (probabilities, if discrete). A module is trainable: its parameters
+        control: ``control(x, t, denoised, **context)`` with the batch shape of x; returns u with
+        the
+            shape of x (for discrete processes, with the shape of the logits). ``denoised`` is the
+            mean
+            of the base's law of x_0 (probabilities, if discrete). A module is trainable: its
+            parameters
             are registered with Pyro as ``<name>.control``.
         initial: another law of x_T (None: the base's).
         scale: :math:`rho_t`, a function of t (None: 1).
@@ -66,8 +69,8 @@ class Controlled(Process):
         wanted = _parameter(kernel.law).shape
         if u.shape != wanted:
             raise ValueError(
-                f"the control returned shape {tuple(u.shape)} at step t = {t}, but the transition needs "
-                f"{tuple(wanted)}"
+                f"the control returned shape {tuple(u.shape)} at step t = {t}, but the transition "
+                f"needs {tuple(wanted)}"
             )
         return {"base": evaluation, "control": u}
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import Distribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Size, Tensor, nn
 
 from smcdiff.laws import CovariantNormal, normal
@@ -35,7 +35,8 @@ class Diffusion(Process):
     r"""A pre-trained Gaussian diffusion model.
 
     Args:
-        network: ``network(x, time, **context)`` with x of shape ``(batch, *event_shape)`` and time of
+        network: ``network(x, time, **context)`` with x of shape ``(batch, *event_shape)`` and time
+        of
             shape ``(batch,)``; or an exact :class:`~smcdiff.models.Denoiser`.
         schedule: the noise schedule that the network was trained with (None: linear betas).
         event_shape: the shape of one sample.
@@ -44,14 +45,16 @@ class Diffusion(Process):
         eta: 1 for DDPM, 0 for DDIM (a deterministic flow of its source).
         variance: V. ``"small"``: :math:`\eta^2\tilde\beta_t`, zero in the last step. ``"large"``:
             :math:`\beta_t`. ``"learned"``: interpolated in logarithms by the second half of the
-            network's channels (Nichol & Dhariwal 2021). ``"exact"``: :math:`\eta^2\tilde\beta_t + c_0^2
+            network's channels (Nichol & Dhariwal 2021). ``"exact"``: :math:`\eta^2\tilde\beta_t +
+            c_0^2
             \mathrm{Cov}[x_0|x_t]`, for exact denoisers. ``"mixture"``: the exact kernel of a
             ``MixtureDenoiser``.
         clip_denoised: bounds for :math:`\hat x_0`, such as (-1, 1).
         scale: the standard deviation s of the data, for scalar look-aheads (known for denoisers).
         source: the law of x_T (None: N(0, I)).
         context_dims: event dimensions of context tensors by name (0 if not named: labels).
-        train: leave the network trainable and in its mode; otherwise it is frozen and in ``eval()``.
+        train: leave the network trainable and in its mode; otherwise it is frozen and in
+        ``eval()``.
     """
 
     def __init__(
@@ -212,7 +215,8 @@ class Diffusion(Process):
     def _check(self, parameterization: str, variance: str, eta: float) -> None:
         if parameterization not in ("epsilon", "x0", "v", "score"):
             raise ValueError(
-                f"parameterization must be 'epsilon', 'x0', 'v' or 'score', got {parameterization!r}"
+                "parameterization must be 'epsilon', 'x0', 'v' or 'score', got "
+                f"{parameterization!r}"
             )
         if variance not in ("small", "large", "learned", "exact", "mixture"):
             raise ValueError(
@@ -223,8 +227,8 @@ class Diffusion(Process):
             raise ValueError(f"eta lies between 0 (DDIM) and 1 (DDPM), got {eta}")
         if variance == "exact" and not self.closed_form:
             raise ValueError(
-                "variance='exact' needs Cov[x_0 | x_t], which an exact denoiser knows and a network "
-                "does not: use 'small', 'large' or 'learned'"
+                "variance='exact' needs Cov[x_0 | x_t], which an exact denoiser knows and a "
+                "network does not: use 'small', 'large' or 'learned'"
             )
         if variance == "mixture" and not isinstance(self.network, MixtureDenoiser):
             raise ValueError("variance='mixture' is the exact kernel of a MixtureDenoiser only")
@@ -234,8 +238,8 @@ class Diffusion(Process):
         wanted = (channels * self.event_shape[0], *self.event_shape[1:])
         if tuple(out.shape) != (batch.numel(), *wanted):
             raise ValueError(
-                f"the network returned shape {tuple(out.shape)} for a batch of {batch.numel()}, but "
-                f"event_shape={tuple(self.event_shape)} and variance={self.variance!r} need "
+                f"the network returned shape {tuple(out.shape)} for a batch of {batch.numel()}, "
+                f"but event_shape={tuple(self.event_shape)} and variance={self.variance!r} need "
                 f"{(batch.numel(), *wanted)}"
             )
         return out.to(torch.promote_types(out.dtype, torch.float32)).reshape(*batch, *wanted)
@@ -251,8 +255,8 @@ class Diffusion(Process):
                     value = value.expand(*batch, *own).reshape(-1, *own)
                 except RuntimeError as error:
                     raise ValueError(
-                        f"context {name!r} has shape {tuple(value.shape)}, which does not fit a batch "
-                        f"of shape {tuple(batch)} with {len(own)} event dimensions: set "
+                        f"context {name!r} has shape {tuple(value.shape)}, which does not fit a "
+                        f"batch of shape {tuple(batch)} with {len(own)} event dimensions: set "
                         f"context_dims={{{name!r}: ...}}"
                     ) from error
             rows[name] = value

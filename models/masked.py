@@ -1,6 +1,7 @@
 r"""Masked (absorbing-state) discrete diffusion.
 
-A token is still masked at t with probability :math:`1 - \alpha_t`. One reverse step reveals each masked
+A token is still masked at t with probability :math:`1 - \alpha_t`. One reverse step reveals each
+masked
 position independently with probability
 
 .. math:: u_t = \frac{\alpha_{t-1} - \alpha_t}{1 - \alpha_t},
@@ -14,7 +15,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import Distribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Size, Tensor, nn
 
 from smcdiff.process import Kernel, Process, Tree
@@ -24,7 +25,8 @@ class MaskedDiffusion(Process):
     """A masked diffusion model over ``length`` tokens of a vocabulary.
 
     Args:
-        network: maps tokens of shape ``(batch, length)``, with the id ``vocabulary`` for masked ones, to
+        network: maps tokens of shape ``(batch, length)``, with the id ``vocabulary`` for masked
+        ones, to
             logits of shape ``(batch, length, vocabulary)``.
         length: the number of positions.
         vocabulary: the number of tokens, the mask not counted.
@@ -75,8 +77,8 @@ class MaskedDiffusion(Process):
         wanted = (x.shape[:-1].numel(), *self.event_shape, self.vocabulary)
         if tuple(logits.shape) != wanted:
             raise ValueError(
-                f"the network returned logits of shape {tuple(logits.shape)}, but {wanted} is needed: "
-                "(batch, length, vocabulary), without a column for the mask"
+                f"the network returned logits of shape {tuple(logits.shape)}, but {wanted} is "
+                "needed: (batch, length, vocabulary), without a column for the mask"
             )
         return {"logits": logits.reshape(*x.shape, self.vocabulary)}
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import Distribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Size, Tensor
 
 from smcdiff.laws import CovariantNormal
@@ -15,8 +15,10 @@ from smcdiff.process import Kernel, Process, Signal, Tree, is_deterministic
 class Team(Process):
     """Several processes of one program as one statement: ``team("ab")`` returns one x_0 per member.
 
-    The members are independent given the past. Their flattened states lie side by side in one vector,
-    so ``Controlled(team, control)`` lets agents observe each other. Unhandled, a team emits the sites
+    The members are independent given the past. Their flattened states lie side by side in one
+    vector,
+    so ``Controlled(team, control)`` lets agents observe each other. Unhandled, a team emits the
+    sites
     that its members would emit, and can serve as a guide for a model that declares them one by one.
 
     Args:
@@ -111,8 +113,8 @@ class Team(Process):
             return dist.Delta(torch.cat(points, -1), event_dim=1)
         if any(is_deterministic(law) for law in laws):
             raise ValueError(
-                f"at {where} some processes of the Team have no variance and others have: give them "
-                "the same kind of last step (variance=, eta=)"
+                f"at {where} some processes of the Team have no variance and others have: give "
+                "them the same kind of last step (variance=, eta=)"
             )
         bases = [_base(law) for law in laws]
         if all(isinstance(b, torch.distributions.Categorical) for b in bases):
@@ -125,8 +127,8 @@ class Team(Process):
         if not all(isinstance(b, torch.distributions.Normal) for b in bases):
             kinds = sorted({type(b).__name__ for b in bases})
             raise ValueError(
-                f"a Team's processes must have transitions of one kind, but at {where} they are {kinds}: "
-                "declare them one by one in the program instead"
+                f"a Team's processes must have transitions of one kind, but at {where} they are "
+                f"{kinds}: declare them one by one in the program instead"
             )
         scales = [_flat(law.stddev, dim) for law, dim in zip(laws, dims, strict=True)]
         return dist.Normal(torch.cat(means, -1), torch.cat(scales, -1)).to_event(1)

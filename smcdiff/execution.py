@@ -14,7 +14,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from smcdiff.process import Process
+from .process import Process
 
 Frames = tuple[Any, ...]
 
@@ -103,9 +103,9 @@ class Interpreter(Messenger):
                 "without a particle axis" if self.batch is None else f"on {self.batch} particles"
             )
             raise ValueError(
-                f"the program failed after site {self.last!r} when run {shape}: {error}. Under inference "
-                "values have the shape (particle, *plates, *event): index from the right, as in "
-                "x[..., mask]"
+                f"the program failed after site {self.last!r} when run {shape}: {error}. Under "
+                "inference values have the shape (particle, *plates, *event): index from the "
+                "right, as in x[..., mask]"
             ) from error
 
     def execution(self, max_plate_nesting: int) -> "Execution":
@@ -157,7 +157,8 @@ class Execution:
     max_plate_nesting: int
 
     def frames(self) -> list[Frames]:
-        return [s.frames for s in (*self.statements.values(), *self.sites.values())]
+        statements = [s.frames for s in self.statements.values()]
+        return statements + [s.frames for s in self.sites.values()]
 
     def values(self) -> dict[str, Tensor]:
         """The values of all processes and ordinary latents."""
@@ -175,19 +176,20 @@ class Execution:
                 log_prob = log_prob.expand(shape)
             except RuntimeError as error:
                 raise ValueError(
-                    f"site {name!r}: its log-probability has shape {tuple(log_prob.shape)}, but its "
-                    f"plates and the particles need {tuple(shape)}: declare the missing dimensions with "
-                    "pyro.plate or .to_event"
+                    f"site {name!r}: its log-probability has shape {tuple(log_prob.shape)}, but "
+                    f"its plates and the particles need {tuple(shape)}: declare the missing "
+                    "dimensions with pyro.plate or .to_event"
                 ) from error
         return log_prob.double().reshape(self.batch, -1).sum(-1)
 
     def log_joint(self, names: Any = None) -> Float64[Tensor, " particle"]:
         """The sum over the given sites (all, if None)."""
-        total = 0.0
+        total = torch.zeros(self.batch, dtype=torch.float64)
         for name, site in self.sites.items():
             if not site.deterministic and (names is None or name in names):
-                total = total + self.log_prob(name)
-        return total if isinstance(total, Tensor) else torch.zeros(self.batch, dtype=torch.float64)
+                log_prob = self.log_prob(name)
+                total = total.to(log_prob.device) + log_prob
+        return total
 
     def changed(self, other: "Execution", source: str) -> set[str]:
         """The statements whose law, context or value differs from another run's."""
@@ -208,7 +210,7 @@ class Execution:
         return self.statements[name].context
 
     def particle_context(self, name: str, single: "Execution") -> frozenset[str]:
-        """Context entries that have a particle axis, found by comparing with a run of one particle."""
+        """Context entries with a particle axis, found by comparing with a run of one particle."""
         alone = single.context(name)
         return frozenset(
             key
@@ -240,12 +242,12 @@ def _refuse_conditions(process: Process, name: str) -> None:
     for frame in _PYRO_STACK:
         if isinstance(frame, ConditionMessenger):
             sites = {s for m in process.members(name) for s in (m, *_steps(m, process.num_steps))}
-            found = sorted(sites & set(frame.data))
+            found = sorted(s for s in sites if s in frame.data)
             if found:
                 raise ValueError(
                     f"site {found[0]!r} of process {name!r} is conditioned, which inference cannot "
-                    "honour: observe x_0 through a likelihood, as in pyro.sample('y', Normal(x, scale), "
-                    "obs=y)"
+                    "honour: observe x_0 through a likelihood, as in pyro.sample('y', Normal(x, "
+                    "scale), obs=y)"
                 )
 
 

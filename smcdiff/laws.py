@@ -10,7 +10,8 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float, Float64
-from pyro.distributions import Distribution, TorchDistribution
+from pyro.distributions import TorchDistribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Size, Tensor
 
 
@@ -19,7 +20,8 @@ class CovariantNormal(TorchDistribution):
 
     Args:
         mean: with shape ``(*batch, *event)``.
-        diagonal: a > 0, with shape ``(*batch, d)`` or ``(d,)``; d is the number of elements of an event.
+        diagonal: a > 0, with shape ``(*batch, d)`` or ``(d,)``; d is the number of elements of an
+        event.
         factor: F, with shape ``(*batch, d, r)``.
         event_dim: the number of event dimensions.
     """
@@ -53,11 +55,13 @@ class CovariantNormal(TorchDistribution):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         batch = (*sample_shape, *self.batch_shape)
-        options = {"dtype": self.loc.dtype, "device": self.loc.device}
-        own = torch.randn(*batch, self.factor.shape[-2], **options) * self.diagonal.sqrt()
-        common = torch.randn(*batch, self.factor.shape[-1], 1, **options)
+        own = self._white(*batch, self.factor.shape[-2]) * self.diagonal.sqrt()
+        common = self._white(*batch, self.factor.shape[-1], 1)
         offset = own + (self.factor @ common)[..., 0]
         return self.loc + offset.reshape(*batch, *self.event_shape)
+
+    def _white(self, *shape: int) -> Tensor:
+        return torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
 
     def log_prob(self, value: Tensor) -> Tensor:
         batch = value.shape[: value.dim() - self.event_dim]
@@ -81,14 +85,14 @@ class CovariantNormal(TorchDistribution):
 
 
 def capacitance(diagonal: Tensor, factor: Tensor) -> Tensor:
-    """The Cholesky factor of I + F' diag(a)^-1 F, by which diag(a) + F F' is inverted (Woodbury)."""
+    """The Cholesky factor of I + F' diag(a)^-1 F, which inverts diag(a) + F F' (Woodbury)."""
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     small: Tensor = torch.linalg.cholesky(eye + factor.mT @ (factor / diagonal[..., None]))
     return small
 
 
 def double(law: Distribution) -> Distribution:
-    """The same law with float64 parameters (laws without real parameters are returned as they are)."""
+    """The same law with float64 parameters (if it has real parameters)."""
     match law:
         case torch.distributions.Independent():
             return dist.Independent(double(law.base_dist), law.reinterpreted_batch_ndims)
@@ -117,7 +121,7 @@ def log_density(law: Distribution, x: Tensor) -> Float64[Tensor, " particle"]:
 
 
 def normal(mean: Tensor, variance: Tensor | float, event_dim: int) -> Distribution:
-    """A Gaussian with independent elements; a point where the variance is exactly zero everywhere."""
+    """A Gaussian with independent elements; a point if the variance is exactly zero."""
     variance = torch.as_tensor(variance, dtype=mean.dtype, device=mean.device)
     if variance.dim() == 0 and float(variance) == 0.0:
         return dist.Delta(mean, event_dim=event_dim)

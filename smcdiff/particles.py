@@ -1,7 +1,9 @@
 r"""Particles: everything that a run of the engine knows at one step, as a value.
 
-Leading axes are always ``run particle`` (with a ``problem`` axis in front where data are declared per
-problem). The log-weights are unnormalised, in float64, and count from the last resampling; what they
+Leading axes are always ``run particle`` (with a ``problem`` axis in front where data are declared
+per
+problem). The log-weights are unnormalised, in float64, and count from the last resampling; what
+they
 were worth before it is kept in ``log_norm``, so that
 
 .. math:: \log \hat Z_t = \text{log\_norm} + \log \frac1N \sum_i e^{\ell_i}
@@ -21,8 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smcdiff.process import Tree
-from smcdiff.weights import effective_sample_size, log_mean_exp
+from .process import Tree
+from .weights import effective_sample_size, log_mean_exp
 
 FORMAT = "smcdiff-1"
 
@@ -49,7 +51,8 @@ class Step:
 
     Attributes:
         t: the steps that remain *after* this one.
-        ess: effective sample size (a count) of the weights that entered the step's resampling decision.
+        ess: effective sample size (a count) of the weights that entered the step's resampling
+        decision.
         khat: Pareto k-hat of those weights (nan where it cannot be estimated).
         max_weight: the largest normalised weight.
         resampled: whether each run was resampled.

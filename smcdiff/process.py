@@ -4,8 +4,10 @@ A process is a Markov chain from noise to data,
 
 .. math:: p(x_{T:0}) = p_T(x_T) \prod_{t=T}^{1} p(x_{t-1} \mid x_t),
 
-where :math:`x_0` is data, :math:`x_T` is noise and the integer :math:`t` counts the steps that remain.
-``x = prior("x")`` is one Pyro statement. Unhandled, it emits the sample sites ``x_T ... x_0`` and the
+where :math:`x_0` is data, :math:`x_T` is noise and the integer :math:`t` counts the steps that
+remain.
+``x = prior("x")`` is one Pyro statement. Unhandled, it emits the sample sites ``x_T ... x_0`` and
+the
 deterministic site ``x``; an inference algorithm intercepts it as a whole (an effect of type
 ``"process"``) and puts its particles' estimate of :math:`x_0` in its place.
 """
@@ -16,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
-from pyro.distributions import Delta, Distribution
+from pyro.distributions import Delta
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from pyro.poutine.runtime import effectful
 from torch import Size, Tensor
 
@@ -49,7 +52,8 @@ class Kernel:
     r"""One reverse transition and what its evaluation says about the data.
 
     Attributes:
-        law: :math:`p(x_{t-1} \mid x_t)`, batched over particles; a ``Delta`` where it has no variance.
+        law: :math:`p(x_{t-1} \mid x_t)`, batched over particles; a ``Delta`` where it has no
+        variance.
         denoised: a law of x_0 given x_t (a point, a Gaussian, categorical probabilities).
         covariance: computes the exact covariance diag(a) + F F' of x_0 given x_t, as a of shape
             ``(*batch, d)`` and F of shape ``(*batch, d, r)``, where it is known in closed form.
@@ -89,11 +93,12 @@ class Process(ABC):
 
     @abstractmethod
     def evaluate(self, x: Tensor, t: int, **context: Any) -> Tree:
-        r"""The one network call at :math:`x_t`: a tensor or dict of tensors with the batch on the left."""
+        r"""The one network call at :math:`x_t`: a tensor or dict of tensors with the batch on "
+        r"the left."""
 
     @abstractmethod
     def kernel(self, x: Tensor, t: int, evaluation: Tree = None, **context: Any) -> Kernel:
-        """The transition out of ``x``, a pure function of ``evaluation`` (evaluated here if None)."""
+        """The transition out of ``x``, a function of ``evaluation`` (made here if None)."""
 
     def signal(self, t: int) -> Signal | None:
         """Noise levels and scalar denoiser statistics at t; None where x_t is not a noised x_0."""

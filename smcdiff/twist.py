@@ -1,7 +1,9 @@
 r"""Twists: a look-ahead :math:`\psi_t(x_t)` at the likelihood that a particle will meet at t = 0.
 
-Any positive function gives the right answer; the best one is :math:`\psi_t(x_t) = E[\gamma(x_0) \mid
-x_t]`. At t = 0 the engine uses the program itself, so a twist is only asked at t >= 1. A log-twist is
+Any positive function gives the right answer; the best one is :math:`\psi_t(x_t) = E[\gamma(x_0)
+\mid
+x_t]`. At t = 0 the engine uses the program itself, so a twist is only asked at t >= 1. A log-twist
+is
 computed once per state and gathered with its particle, never re-evaluated.
 """
 
@@ -13,16 +15,17 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from smcdiff.execution import Execution
-from smcdiff.process import Kernel, Process, Tree
-from smcdiff.program import Program
+from .execution import Execution
+from .process import Kernel, Process, Tree
+from .program import Program
 
 
 @dataclass
 class View:
     """What can be seen of a batch of particles at one step: the argument of every twist.
 
-    The program has been run on ``num_estimates`` estimates of x_0 per particle, laid out estimate by
+    The program has been run on ``num_estimates`` estimates of x_0 per particle, laid out estimate
+    by
     estimate along the particle axis.
 
     Attributes:
@@ -60,7 +63,8 @@ class View:
     def log_likelihood(self) -> Float64[Tensor, "estimate particle"]:
         """The log-probability of everything that can depend on x_0, at every estimate.
 
-        That is the program's log-density without the latents upstream of all processes, whose constant
+        That is the program's log-density without the latents upstream of all processes, whose
+        constant
         share the engine adds by itself.
         """
         upstream = set(self.program.latents) - self.program.downstream
@@ -99,7 +103,8 @@ class Twist(ABC):
 
     Attributes:
         needs_gradient: whether ``View.x`` must be tracked by autograd, through the networks.
-        needs_program_gradient: whether ``View.execution.states`` must be, through the program alone.
+        needs_program_gradient: whether ``View.execution.states`` must be, through the program
+        alone.
     """
 
     needs_gradient: bool = False

@@ -1,0 +1,124 @@
+"""Taking programs apart: who depends on whom, found by running them on three particles."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
+from torch import Tensor
+
+from .execution import Execution, Statement
+from .process import Process, is_deterministic
+
+CHECKED = 3  # particles in the runs that take a program apart
+Rerun = Callable[[Mapping[str, Tensor]], Execution]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A random variable of the program: a process or an ordinary latent.
+
+    Attributes:
+        process: the process, or None for an ordinary latent.
+        event_dim: dimensions of one event.
+        discrete: whether its values are discrete.
+        parents: the sources that its law (or context) depends on, given all other sources.
+        support: the constraint that an ordinary latent's values satisfy.
+        particle_context: the context entries that vary by particle (processes only).
+    """
+
+    name: str
+    process: Process | None
+    event_dim: int
+    discrete: bool
+    parents: frozenset[str] = frozenset()
+    support: Any = None
+    particle_context: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A sample or deterministic statement, and the sources that its log-probability depends on."""
+
+    name: str
+    kind: str
+    gaussian: bool
+    parents: frozenset[str] = frozenset()
+
+
+def check_particles_apart(rerun: Rerun, together: Execution) -> None:
+    """Three particles run jointly and alone must agree, site by site."""
+    values = together.values()
+    for i in range(CHECKED):
+        alone = rerun({n: v[i : i + 1] for n, v in values.items()})
+        for name in together.sites:
+            if name not in alone.sites:
+                raise ValueError(f"site {name!r} appears for some particles only")
+            joint, single = together.log_prob(name)[i], alone.log_prob(name)[0]
+            if not torch.isclose(joint, single, rtol=1e-3, atol=1e-3, equal_nan=True):
+                raise ValueError(
+                    f"site {name!r} mixes particles: its log-probability is {joint:.6g} when "
+                    f"{CHECKED} particles run together and {single:.6g} alone. Reduce over event "
+                    "dimensions only (as in x.mean(-1)), and declare data of several problems "
+                    "with per_problem"
+                )
+
+
+def find_dependencies(
+    rerun: Rerun, base: Execution
+) -> tuple[dict[str, Source], dict[str, Likelihood]]:
+    """Who depends on whom: shift one source's particles by one and see what changes."""
+    values = base.values()
+    parents: dict[str, set[str]] = {n: set() for n in [*base.statements, *base.sites]}
+    for source, value in values.items():
+        moved = value.roll(1, 0)
+        if torch.equal(moved, value):
+            moved = _other_value(value)
+        for name in rerun({**values, source: moved}).changed(base, source):
+            parents[name].add(source)
+    single = rerun({n: v[:1] for n, v in values.items()})
+    sources: dict[str, Source] = {}
+    for name, statement in base.statements.items():
+        sources[name] = Source(
+            name,
+            statement.process,
+            event_dim=len(statement.process.event_shape),
+            discrete=not values[name].is_floating_point(),
+            parents=frozenset(parents[name]),
+            particle_context=base.particle_context(name, single),
+        )
+    likelihoods: dict[str, Likelihood] = {}
+    for name, site in base.sites.items():
+        found = frozenset(parents[name]) - {name}
+        if site.latent and not site.deterministic:
+            support = site.fn.support
+            sources[name] = Source(name, None, site.event_dim, site.discrete, found, support)
+        likelihoods[name] = Likelihood(name, site.kind, site.gaussian, found)
+    return sources, likelihoods
+
+
+def stand_in(statement: Statement) -> Tensor:
+    """A plausible x_0: one network call at x_T and a draw from what it says about the data."""
+    process, context = statement.process, statement.context
+    x = draw(process.initial(**context), statement.batch)
+    shape = tuple(process.shape_at(process.num_steps))
+    if tuple(x.shape[len(statement.batch) :]) != shape:
+        raise ValueError(
+            f"process {statement.name!r} starts with shape {tuple(x.shape)}, which does not end in "
+            f"its event shape {shape}"
+        )
+    return process.kernel(x, process.num_steps, **context).denoised.sample()
+
+
+def draw(law: Distribution, batch: tuple[int, ...]) -> Tensor:
+    """One draw per particle and plate, of a law whose batch shape may be smaller."""
+    if is_deterministic(law):
+        point: Tensor = law.mean
+        return point.expand(*batch, *law.event_shape)
+    return law.expand(batch).sample()
+
+
+def _other_value(value: Tensor) -> Tensor:
+    """Another value of a source whose particles coincide (a small discrete support, say)."""
+    return value + 1e-2 if value.is_floating_point() else 1 - value.clamp(0, 1)
