@@ -131,7 +131,7 @@ def digit_network(device: torch.device | str | None = None) -> ResidualMLP:
 
 
 def digit_classifier(
-    which: Literal["guide", "judge"] = "guide", device: torch.device | str | None = None
+    which: str = "guide", device: torch.device | str | None = None
 ) -> DigitClassifier:
     """One of two classifiers that were trained apart, frozen and in evaluation mode.
 

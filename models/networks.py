@@ -108,7 +108,7 @@ class ResidualMLP(nn.Module):
         time: Float[Tensor, " batch"],
         label: Int64[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch *event"]:
-        if x[0].numel() != self.features:
+        if math.prod(x.shape[1:]) != self.features:
             raise ValueError(
                 f"expected events of {self.features} elements, got {tuple(x.shape[1:])}"
             )
@@ -116,7 +116,8 @@ class ResidualMLP(nn.Module):
         h = self.input(x.flatten(1))
         for norm, modulation, block in zip(self.norms, self.modulations, self.blocks, strict=True):
             scale, shift = modulation(vector).chunk(2, dim=-1)
-            h = h + block(functional.silu(torch.addcmul(norm(h) + shift, norm(h), scale)))
+            normal = norm(h)
+            h = h + block(functional.silu(torch.addcmul(normal + shift, normal, scale)))
         return self.output(functional.silu(h)).reshape(x.shape)
 
 
