@@ -21,7 +21,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Size, Tensor, nn
 
 from smcdiff.laws import CovariantNormal, normal
-from smcdiff.process import Kernel, Process, Signal, Tree, flatten_batch
+from smcdiff.process import Kernel, Process, Signal, Tree, context_rows, flatten_batch
 
 from .denoisers import Denoiser, GaussianDenoiser, MixtureDenoiser
 from .low_rank import low_rank_covariance
@@ -100,12 +100,14 @@ class Diffusion(Process):
         event_dim = len(self.event_shape)
         batch = x.shape[: x.dim() - event_dim]
         if isinstance(self.network, Denoiser):
+            self._refuse_context(context)
             flat = x.reshape(*batch, -1)
             mean = self.network.mean(flat, self.grid.alpha[t].item(), self.grid.sigma[t].item())
             return {"output": mean.reshape(x.shape)}
         time = torch.full((batch.numel(),), self.grid.time[t].item(), device=x.device)
         flat = flatten_batch(x, event_dim).to(self.network_dtype)
-        out = self.network(flat, time.to(flat.dtype), **self._batch_context(context, batch))
+        rows = context_rows(context, batch, self.context_dims)
+        out = self.network(flat, time.to(flat.dtype), **rows)
         return {"output": self._check_output(out, batch)}
 
     def kernel(self, x: Tensor, t: int, evaluation: Tree = None, **context: Any) -> Kernel:
@@ -233,6 +235,13 @@ class Diffusion(Process):
         if variance == "mixture" and not isinstance(self.network, MixtureDenoiser):
             raise ValueError("variance='mixture' is the exact kernel of a MixtureDenoiser only")
 
+    def _refuse_context(self, context: dict[str, Any]) -> None:
+        if context:
+            raise ValueError(
+                f"an exact denoiser is not conditional, but got the context {sorted(context)}: it "
+                "would be ignored. Leave it out, or use a network that takes it"
+            )
+
     def _check_output(self, out: Tensor, batch: Size) -> Tensor:
         channels = 2 if self.variance == "learned" else 1
         wanted = (channels * self.event_shape[0], *self.event_shape[1:])
@@ -243,24 +252,6 @@ class Diffusion(Process):
                 f"{(batch.numel(), *wanted)}"
             )
         return out.to(torch.promote_types(out.dtype, torch.float32)).reshape(*batch, *wanted)
-
-    def _batch_context(self, context: dict[str, Any], batch: Size) -> dict[str, Any]:
-        """Context tensors with one row per row of the batch."""
-        rows = {}
-        for name, value in context.items():
-            if isinstance(value, Tensor):
-                dim = value.dim() - self.context_dims.get(name, 0)
-                own = value.shape[dim:]
-                try:
-                    value = value.expand(*batch, *own).reshape(-1, *own)
-                except RuntimeError as error:
-                    raise ValueError(
-                        f"context {name!r} has shape {tuple(value.shape)}, which does not fit a "
-                        f"batch of shape {tuple(batch)} with {len(own)} event dimensions: set "
-                        f"context_dims={{{name!r}: ...}}"
-                    ) from error
-            rows[name] = value
-        return rows
 
 
 def _event_shape(network: object, event_shape: Sequence[int] | None) -> Size:

@@ -10,7 +10,7 @@ with a token from the network's probabilities given what is revealed; revealed t
 everything is revealed. The *chain* is the prior: revealing positions in parallel is not exact.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -18,20 +18,20 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Size, Tensor, nn
 
-from smcdiff.process import Kernel, Process, Tree
+from smcdiff.process import Kernel, Process, Tree, context_rows, flatten_batch
 
 
 class MaskedDiffusion(Process):
     """A masked diffusion model over ``length`` tokens of a vocabulary.
 
     Args:
-        network: maps tokens of shape ``(batch, length)``, with the id ``vocabulary`` for masked
-        ones, to
-            logits of shape ``(batch, length, vocabulary)``.
+        network: ``network(tokens, **context)`` maps tokens of shape ``(batch, length)``, with the
+            id ``vocabulary`` for masked ones, to logits of shape ``(batch, length, vocabulary)``.
         length: the number of positions.
         vocabulary: the number of tokens, the mask not counted.
         alphas: alpha_0 = 1 > ... > alpha_T = 0 (None: equal steps).
         num_steps: T, if ``alphas`` is not given.
+        context_dims: event dimensions of context tensors by name (0 if not named: labels).
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class MaskedDiffusion(Process):
         vocabulary: int,
         alphas: Sequence[float] | None = None,
         num_steps: int | None = None,
+        context_dims: Mapping[str, int] | None = None,
     ) -> None:
         if (alphas is None) == (num_steps is None):
             raise ValueError("give either alphas or num_steps")
@@ -52,7 +53,7 @@ class MaskedDiffusion(Process):
         if not falls or self.alphas[0] != 1.0 or self.alphas[-1] != 0.0:
             raise ValueError(f"alphas must fall from 1 to 0, one per step, but got {self.alphas}")
         self.network, self.vocabulary, self.num_steps = network, vocabulary, steps
-        self.event_shape = Size([length])
+        self.event_shape, self.context_dims = Size([length]), dict(context_dims or {})
         self.device = torch.device("cpu")
         if isinstance(network, nn.Module):
             network.eval().requires_grad_(False)
@@ -73,8 +74,10 @@ class MaskedDiffusion(Process):
         return dist.Delta(tokens, event_dim=1)
 
     def evaluate(self, x: Tensor, t: int, **context: Any) -> Tree:
-        logits = self.network(x.reshape(-1, x.shape[-1]), **context)
-        wanted = (x.shape[:-1].numel(), *self.event_shape, self.vocabulary)
+        batch = x.shape[:-1]
+        rows = context_rows(context, batch, self.context_dims)
+        logits = self.network(flatten_batch(x, 1), **rows)
+        wanted = (batch.numel(), *self.event_shape, self.vocabulary)
         if tuple(logits.shape) != wanted:
             raise ValueError(
                 f"the network returned logits of shape {tuple(logits.shape)}, but {wanted} is "

@@ -13,7 +13,7 @@ deterministic site ``x``; an inference algorithm intercepts it as a whole (an ef
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,6 +193,35 @@ def is_deterministic(law: Distribution) -> bool:
 def flatten_batch(x: Tensor, event_dim: int) -> Tensor:
     """(*batch, *event) -> (batch, *event)."""
     return x.reshape(-1, *x.shape[x.dim() - event_dim :])
+
+
+def context_rows(
+    context: Mapping[str, Any], batch: tuple[int, ...], event_dims: Mapping[str, int]
+) -> dict[str, Any]:
+    """Context as a network wants it: tensors with one row per row of the flattened batch.
+
+    Args:
+        context: tensors with shape ``(*batch, *event)``, up to broadcasting; anything else stays.
+        batch: the batch shape of the state.
+        event_dims: how many event dimensions a tensor has, by name (0 if not named).
+
+    Raises:
+        ValueError: a tensor does not fit the batch.
+    """
+    rows = {}
+    for name, value in context.items():
+        if isinstance(value, Tensor):
+            own = value.shape[value.dim() - event_dims.get(name, 0) :]
+            try:
+                value = value.expand(*batch, *own).reshape(-1, *own)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"context {name!r} has shape {tuple(value.shape)}, which does not fit a "
+                    f"batch of shape {tuple(batch)} with {len(own)} event dimensions: set "
+                    f"context_dims={{{name!r}: ...}}"
+                ) from error
+        rows[name] = value
+    return rows
 
 
 def batched(function: Callable[..., Tensor], event_dim: int) -> Callable[..., Tensor]:
