@@ -167,7 +167,7 @@ def sample(network: nn.Module, count: int, label: Tensor | None = None) -> Tenso
     for now, after in zip(times, [*times[1:], None], strict=True):
         alpha, sigma = noise_levels(now.expand(1), x)
         velocity = network(x, now.float().expand(count), label)
-        x0 = (alpha * x - sigma * velocity).clamp(-1, 1)
+        x0: Tensor = (alpha * x - sigma * velocity).clamp(-1, 1)
         if after is None:
             return x0
         alpha2, sigma2 = noise_levels(after.expand(1), x)
