@@ -81,7 +81,9 @@ def pareto_smooth(
     if not reff > 0:
         raise ValueError(f"reff is a relative efficiency and must be positive; got {reff}.")
     check_log_weights(log_weights, "Pareto smoothing")
-    smoothed, shape = log_weights.clone(), log_weights.new_empty(log_weights.shape[:-1])
+    smoothed, shape = log_weights.clone(), log_weights.new_full(log_weights.shape[:-1], math.nan)
+    if log_weights.shape[-1] < FEWEST:  # thousands of small runs need no loop
+        return smoothed, shape
     for run in range(shape.numel()):
         row = smoothed.view(-1, log_weights.shape[-1])[run]
         shape.view(-1)[run] = _smooth(row, reff)
