@@ -189,11 +189,9 @@ class Engine:
         kernels = self.evaluator.kernels(t, x, cache)
         prepaid = self.proposal.prepay(t, x, kernels, cache)
         if prepaid is not None:
-            state = replace(
-                state,
-                log_weights=state.log_weights + prepaid.reshape(self.axes),
-                cache={**state.cache, "prepaid": prepaid.reshape(self.axes)},
-            )
+            cache = {**cache, "prepaid": prepaid}
+            paid = state.log_weights + prepaid.reshape(self.axes)
+            state = replace(state, log_weights=paid, cache=self._unflatten(cache))
         ess = effective_sample_size(state.log_weights)
         where = self._runs_to_resample(ess, kernels)
         khat, acceptance = torch.full_like(ess, math.nan), torch.full_like(ess, math.nan)
