@@ -204,14 +204,10 @@ class DenoisedLikelihood(Twist):
 
     def _gain(self, view: View, t: int) -> Tensor:
         """How much the signal-to-noise ratio rises from view.t to t."""
-        now = [view.processes[n].signal(view.t) for n in self.names]
-        then = [view.processes[n].signal(t) for n in self.names]
-        parts = {
-            n: torch.full_like(view.x[n][:1], b.precision - a.precision, dtype=torch.float64)
-            for n, a, b in zip(self.names, now, then, strict=True)
-            if a is not None and b is not None
-        }
-        return stack(parts)[0]
+        now, then = (
+            stacked_levels(view.program, self.names, view.x, at, "precision") for at in (view.t, t)
+        )
+        return then - now
 
     def _times_after(self, now: Covariance, rows: Tensor, view: View, t: int) -> Tensor:
         """Rows times the covariance of x_0 given the state at t, for locally Gaussian data.

@@ -87,12 +87,13 @@ def constant_operator(
 def stacked_levels(
     program: Program, names: tuple[str, ...], x: dict[str, Tensor], t: int, field: str
 ) -> Float64[Tensor, " d"]:
-    """One number of every process's signal at t, repeated for each of its elements."""
+    """One field of every process's signal at t, for each of its elements."""
     parts = {}
     for name in names:
         signal = program.processes[name].signal(t)
         assert signal is not None
-        parts[name] = torch.full_like(x[name][:1], getattr(signal, field), dtype=torch.float64)
+        level = torch.as_tensor(getattr(signal, field), dtype=torch.float64)
+        parts[name] = level.to(x[name].device).expand(x[name][:1].shape)
     return stack(parts)[0]
 
 

@@ -9,7 +9,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Size, Tensor
 
 from smcdiff.laws import CovariantNormal
-from smcdiff.process import Kernel, Process, Signal, Tree, is_deterministic
+from smcdiff.process import Kernel, Level, Process, Signal, Tree, is_deterministic
 
 
 class Team(Process):
@@ -63,9 +63,13 @@ class Team(Process):
         return Kernel(law, denoised, lambda: _block_diagonal([c() for c in parts]))
 
     def signal(self, t: int) -> Signal | None:
-        """The members' common signal; None where they differ."""
+        """Every element has the levels of its agent; None where one agent has none."""
         signals = [agent.signal(t) for agent in self.agents.values()]
-        return signals[0] if all(s == signals[0] for s in signals) else None
+        known = [signal for signal in signals if signal is not None]
+        if len(known) < len(signals):
+            return None
+        fields = ("alpha", "sigma", "slope", "variance")
+        return Signal(*(self._side_by_side([getattr(s, f) for s in known]) for f in fields))
 
     def calls(self, t: int) -> int:
         return sum(agent.calls(t) for agent in self.agents.values())
@@ -105,6 +109,11 @@ class Team(Process):
             )
             for n in self.agents
         }
+
+    def _side_by_side(self, levels: list[Level]) -> Tensor:
+        parts = zip(levels, self.agents.values(), strict=True)
+        tables = [torch.as_tensor(v, dtype=torch.float64).expand(a.event_shape) for v, a in parts]
+        return torch.cat([table.flatten() for table in tables])
 
     def _join_laws(self, laws: list[Distribution], where: str) -> Distribution:
         dims = [len(agent.event_shape) for agent in self.agents.values()]

@@ -24,6 +24,7 @@ from pyro.poutine.runtime import effectful
 from torch import Size, Tensor
 
 Tree = Any  # a tensor, or a dict of trees: whatever a network returned, one row per particle
+Level = float | Tensor  # one number, or one per element of the event
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,17 @@ class Signal:
         variance: the variance of x_0 given x_t *under the discretised chain*; 0 at t = 0.
     """
 
-    alpha: float
-    sigma: float
-    slope: float
-    variance: float
+    alpha: Level
+    sigma: Level
+    slope: Level
+    variance: Level
 
     @property
-    def precision(self) -> float:
+    def precision(self) -> Level:
         r""":math:`\alpha_t^2 / \sigma_t^2`, the signal-to-noise ratio."""
-        return self.alpha**2 / self.sigma**2 if self.sigma > 0 else float("inf")
+        if isinstance(self.sigma, Tensor) or self.sigma > 0:
+            return self.alpha**2 / self.sigma**2
+        return float("inf")
 
 
 @dataclass(frozen=True)
