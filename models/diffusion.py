@@ -190,10 +190,14 @@ class Diffusion(Process):
         c_0, c_t, small = self._coefficients(t)
         parts = self.network.components(x, self.grid.alpha[t].item(), self.grid.sigma[t].item())
         means = c_0 * parts.means + c_t * x[..., None, :]
-        covariances = small + c_0**2 * parts.covariances
-        if covariances.dim() == 1:
-            covariances = covariances[:, None]
-        laws = dist.Normal(means, covariances.sqrt().expand(means.shape)).to_event(1)
+        covariances = c_0**2 * parts.covariances
+        if covariances.dim() == 3:
+            eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+            laws: Distribution = dist.MultivariateNormal(means, covariances + small * eye)
+        else:
+            spread = covariances if covariances.dim() == 2 else covariances[:, None]
+            scale = (spread + small).sqrt().expand(means.shape)
+            laws = dist.Normal(means, scale).to_event(1)
         logits = dist.Categorical(logits=parts.log_weights, validate_args=False)
         return dist.MixtureSameFamily(logits, laws, validate_args=False)
 
