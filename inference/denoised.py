@@ -136,7 +136,10 @@ class DenoisedLikelihood(Twist):
         return torch.logsumexp(draws, 0) - math.log(len(draws))
 
     def _moves(self, view: View) -> bool:
-        return not all(is_deterministic(view.kernels[n].law) for n in self.names)
+        """Whether a gradient at x_t says where x_{t-1} should go."""
+        processes = [view.processes[n] for n in self.names]
+        alike = all(p.shape_at(view.t) == p.shape_at(view.t - 1) for p in processes)
+        return alike and not all(is_deterministic(view.kernels[n].law) for n in self.names)
 
     def _advance(self, view: View) -> Tensor | float:
         """d x_t / d x_{t-1} along the denoiser's level sets: turns gradients at t into t - 1."""

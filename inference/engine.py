@@ -18,7 +18,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
-from smcdiff.dissection import draw
+from smcdiff.dissection import draw, placeholder
 from smcdiff.execution import Statement
 from smcdiff.particles import Calls, Particles, Step, map_tree
 from smcdiff.process import Kernel, Tree, is_deterministic
@@ -153,8 +153,8 @@ class Engine:
     def _first_estimate(self, statement: Statement, x: Tensor, given: dict[str, Tensor]) -> Tensor:
         """What the program is shown as x_0 while its latents are drawn."""
         needed = self.program.downstream - set(given)
-        if x.is_floating_point() and not needed:
-            return x  # nothing that is drawn here looks at it
+        if not needed:
+            return placeholder(statement, x)
         process, num_steps, size = statement.process, self.program.num_steps, len(x)
         denoised = process.kernel(x, num_steps, **statement.context).denoised
         self.evaluator.calls += Calls(network=size * process.calls(num_steps))

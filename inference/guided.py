@@ -13,7 +13,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
-from smcdiff.dissection import draw
+from smcdiff.dissection import draw, placeholder
 from smcdiff.execution import Statement
 from smcdiff.laws import log_density
 from smcdiff.process import Kernel, Process, Tree, is_deterministic
@@ -73,7 +73,7 @@ class GuidedProposal(Proposal):
             law = statement.process.initial(**statement.context)
             laws[statement.name] = law if is_deterministic(law) else law.expand(statement.batch)
             draws[statement.name] = draw(law, statement.batch)
-            return draws[statement.name]
+            return placeholder(statement, draws[statement.name])
 
         batch = len(next(iter(start.draws.values())))
         latents = {n: start.latents[n] for n in self.program.latents}
@@ -101,7 +101,7 @@ class GuidedProposal(Proposal):
             self._shared_context[name] = {
                 k: v for k, v in statement.context.items() if k not in moving
             }
-            return x
+            return placeholder(statement, x)
 
         latents = {n: view.latents[n] for n in self.program.latents}
         self.program.execute(state, latents, view.batch, view.problems)
@@ -163,4 +163,5 @@ def _members(program: Program) -> list[str]:
 
 
 def _at_start(statement: Statement) -> Tensor:
-    return draw(statement.process.initial(**statement.context), statement.batch)
+    x = draw(statement.process.initial(**statement.context), statement.batch)
+    return placeholder(statement, x)

@@ -33,6 +33,13 @@ class Team(Process):
             raise ValueError(
                 f"the processes of a Team advance in lockstep and need equal num_steps, got {steps}"
             )
+        for name, agent in agents.items():
+            if agent.shape_at(agent.num_steps) != agent.event_shape:
+                raise ValueError(
+                    f"process {name!r} changes shape on its way, from "
+                    f"{tuple(agent.shape_at(agent.num_steps))} to {tuple(agent.event_shape)}, and "
+                    "cannot join a Team: declare it by itself in the program"
+                )
         self.agents = dict(agents)
         self.num_steps = next(iter(steps.values()))
         self.sizes = [agent.event_shape.numel() for agent in self.agents.values()]

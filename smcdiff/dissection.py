@@ -119,6 +119,12 @@ def draw(law: Distribution, batch: tuple[int, ...]) -> Tensor:
     return law.expand(batch).sample()
 
 
+def placeholder(statement: Statement, x: Tensor) -> Tensor:
+    """Something with the shape and kind of x_0, for runs in which nothing looks at its value."""
+    shape = (*statement.batch, *statement.process.event_shape)
+    return x if x.is_floating_point() and x.shape == shape else x.new_zeros(shape)
+
+
 def _other_value(value: Tensor) -> Tensor:
     """Another value of a source whose particles coincide (a small discrete support, say)."""
     return value + 1e-2 if value.is_floating_point() else 1 - value.clamp(0, 1)

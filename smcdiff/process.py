@@ -216,7 +216,7 @@ def context_rows(
         if isinstance(value, Tensor):
             own = value.shape[value.dim() - event_dims.get(name, 0) :]
             try:
-                value = value.expand(*batch, *own).reshape(-1, *own)
+                value = value.expand(Size((*batch, *own))).reshape(-1, *own)
             except RuntimeError as error:
                 raise ValueError(
                     f"context {name!r} has shape {tuple(value.shape)}, which does not fit a "
