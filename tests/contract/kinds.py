@@ -1,0 +1,146 @@
+"""Processes of every kind, each with the exact law of what it makes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from smcdiff import Process
+from smcdiff.models import (
+    Chain,
+    Controlled,
+    Diffusion,
+    EnumeratedDenoiser,
+    GaussianDenoiser,
+    MaskedDiffusion,
+    VariancePreserving,
+)
+
+from ..oracles import enumerated, grid, moments
+
+Law = tuple[Tensor, Tensor]  # points and their log-weights, with shape (*label, points)
+SHORT, SHORTER = VariancePreserving([0.4, 0.7]), VariancePreserving([0.6])
+
+
+class Linear(nn.Module):
+    """A network that happens to be affine in x, and in a label where there is one."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        noise = torch.randn(size, size, generator=torch.Generator().manual_seed(size))
+        self.weight = nn.Parameter(0.7 * torch.eye(size) + 0.1 * noise)
+
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+        out = x.flatten(1) @ self.weight.to(x) + 0.1 * time[:, None]
+        if label is not None:
+            out = out - 0.2 * label[:, None].to(out)
+        return out.reshape(x.shape)
+
+
+class Tokens(nn.Module):
+    """The exact denoiser of a small table, its logits tilted by a label where there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        joint = torch.sin(1.0 + 2 * torch.arange(3)[:, None] + 3 * torch.arange(3)).exp()
+        self.table = EnumeratedDenoiser(joint)
+
+    def forward(self, tokens: Tensor, label: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.table(tokens)
+        if label is None:
+            return logits
+        return logits + 0.4 * label[:, None, None] * torch.arange(3)
+
+
+@cache
+def exact(variance: str = "exact") -> Process:
+    denoiser = GaussianDenoiser(torch.tensor([0.5, -0.2]), torch.tensor([1.0, 0.3])).double()
+    return Diffusion(denoiser, SHORT, num_steps=2, variance=variance)  # type: ignore[arg-type]
+
+
+@cache
+def network() -> Process:
+    return Diffusion(Linear(2), SHORT, (1, 2), num_steps=2, variance="large")
+
+
+@cache
+def chain() -> Process:
+    first = Diffusion(Linear(1), SHORTER, (1,), 1, variance="large")
+    second = Diffusion(Linear(2), SHORTER, (1, 2), 1, variance="large")
+    return Chain(first, second, widen)
+
+
+def widen(x: Tensor) -> Any:
+    """The cascade's link: one number becomes the mean of two."""
+    return dist.Normal(x[..., None].expand(*x.shape, 2), 0.5).to_event(2)
+
+
+@cache
+def masked() -> Process:
+    return MaskedDiffusion(Tokens(), 2, 3, alphas=(1.0, 0.5, 0.0))
+
+
+def drift(x: Tensor, t: int, denoised: Tensor, **context: Any) -> Tensor:
+    """What a guide may have learned: a step towards larger sums."""
+    return 0.2 - 0.05 * x
+
+
+def drift_and_widen(x: Tensor, t: int, denoised: Tensor, **context: Any) -> Tensor:
+    """The same, where the link leads to another shape."""
+    if t == 2:
+        return torch.full((*x.shape, 2), 0.2)
+    return drift(x, t, denoised)
+
+
+def tilt(x: Tensor, t: int, denoised: Tensor, **context: Any) -> Tensor:
+    """The same for tokens, of which the last is the mask."""
+    return torch.tensor([0.0, 0.1, 0.3, 0.1]).expand(*x.shape, 4)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of process.
+
+    Attributes:
+        make: builds one.
+        guide: builds one that proposes for it.
+        event_dim: how many dimensions x_0 has.
+        unit: makes the sum of x_0 vary by about one.
+    """
+
+    make: Callable[[], Process]
+    guide: Callable[[], Process]
+    event_dim: int
+    unit: float = 1.0
+    discrete: bool = False
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of x_0 over its event, in units: what the programs observe."""
+        return self.unit * x.double().flatten(x.dim() - self.event_dim).sum(-1)
+
+    def law(self, label: Tensor | None = None) -> Law:
+        """The exact law of the sum of x_0, for labels with shape (*label,)."""
+        context = {} if label is None else {"label": label}
+        if self.discrete:
+            states, weights = enumerated(self.make(), **context)
+            return states.sum(-1).double().expand_as(weights), weights.log()
+        mean, spread = moments(self.make(), **context)
+        return grid(self.unit * mean.sum(-1), self.unit**2 * spread.sum((-2, -1)))
+
+
+KINDS = {
+    "exact": Kind(exact, lambda: Controlled(exact("large"), drift), 1),
+    "network": Kind(network, lambda: Controlled(network(), drift), 2, 0.7),
+    "chain": Kind(chain, lambda: Controlled(chain(), drift_and_widen), 2, 0.4),
+    "masked": Kind(masked, lambda: Controlled(masked(), tilt), 1, discrete=True),
+}
+
+
+@cache
+def plain_law(kind: str) -> Law:
+    """The law without a label, which most structures need."""
+    return KINDS[kind].law()
