@@ -5,6 +5,7 @@ from .controlled import Controlled
 from .denoisers import Denoiser, EnumeratedDenoiser, GaussianDenoiser, MixtureDenoiser
 from .diffusion import Diffusion
 from .masked import MaskedDiffusion
+from .priors import digit_prior
 from .schedules import (
     Cosine,
     FromAlphas,
@@ -33,6 +34,7 @@ __all__ = [
     "Schedule",
     "Team",
     "VariancePreserving",
+    "digit_prior",
 ]
 
 if __name__ == "models":
