@@ -164,8 +164,12 @@ class Execution:
         """The values of all processes and ordinary latents."""
         return {**self.states, **{n: s.value for n, s in self.sites.items() if s.latent}}
 
-    def log_prob(self, name: str) -> Float64[Tensor, " particle"]:
-        """The log-probability of one site, summed over its plates and event."""
+    def log_prob(self, name: str, impossible: float = -torch.inf) -> Float64[Tensor, " particle"]:
+        """The log-probability of one site, summed over its plates and event.
+
+        Args:
+            impossible: what to count for an element whose log-probability is -inf.
+        """
         site = self.sites[name]
         log_prob = torch.as_tensor(
             scale_and_mask(site.fn.log_prob(site.value), site.scale, site.mask)
@@ -180,14 +184,17 @@ class Execution:
                     f"its plates and the particles need {tuple(shape)}: declare the missing "
                     "dimensions with pyro.plate or .to_event"
                 ) from error
-        return log_prob.double().reshape(self.batch, -1).sum(-1)
+        log_prob = log_prob.double().reshape(self.batch, -1)
+        return log_prob.masked_fill(log_prob.isneginf(), impossible).sum(-1)
 
-    def log_joint(self, names: Any = None) -> Float64[Tensor, " particle"]:
-        """The sum over the given sites (all, if None)."""
+    def log_joint(
+        self, names: Any = None, impossible: float = -torch.inf
+    ) -> Float64[Tensor, " particle"]:
+        """The sum of :meth:`log_prob` over the given sites (all, if None)."""
         total = torch.zeros(self.batch, dtype=torch.float64)
         for name, site in self.sites.items():
             if not site.deterministic and (names is None or name in names):
-                log_prob = self.log_prob(name)
+                log_prob = self.log_prob(name, impossible)
                 total = total.to(log_prob.device) + log_prob
         return total
 

@@ -19,6 +19,8 @@ from .execution import Execution
 from .process import Kernel, Process, Tree
 from .program import Program
 
+VIOLATED = -2.0  # measured: from -4 on, the paths that recover carry too much weight
+
 
 @dataclass
 class View:
@@ -57,8 +59,12 @@ class View:
         return self.program.processes
 
     def log_prob(self, *names: str) -> Float64[Tensor, "estimate particle"]:
-        """The summed log-probability of some sites at every estimate."""
-        return self.execution.log_joint(names).reshape(self.num_estimates, self.batch)
+        """The summed log-probability of some sites at every estimate.
+
+        An estimate of x_0 is no x_0: where it violates a hard constraint (-inf), a twist that
+        believed it would lose every path that meets the constraint in the end. ``VIOLATED`` counts.
+        """
+        return self.execution.log_joint(names, VIOLATED).reshape(self.num_estimates, self.batch)
 
     def log_likelihood(self) -> Float64[Tensor, "estimate particle"]:
         """The log-probability of everything that can depend on x_0, at every estimate.
