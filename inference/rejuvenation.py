@@ -81,6 +81,7 @@ class Rejuvenation:
         Returns:
             the latents, the cache (with log-twists of the new latents) and who accepted how often.
         """
+        _check_target(cache)
         accepted = torch.zeros(len(where), dtype=torch.float64, device=where.device)
 
         def target(free: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Tree]:
@@ -125,6 +126,21 @@ def _ancestors(program: Program, names: set[str]) -> set[str]:
         if more == found:
             return found
         found = more
+
+
+def _check_target(cache: Tree) -> None:
+    """A move's target is p(z) psi_t(x_t, z): the weights must be made of nothing else."""
+    if cache["memory"]:
+        raise ValueError(
+            "rejuvenation cannot change what the twist remembers of earlier steps, where the "
+            "latents had other values: use a twist without memory, such as "
+            "IntermediateReward('difference')"
+        )
+    if "prepaid" in cache:
+        raise ValueError(
+            "rejuvenation does not know what the proposal has paid before its draw (prepay): leave "
+            "rejuvenation or that proposal out"
+        )
 
 
 def _where(accept: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ class IntermediateReward(Twist):
             reward = torch.maximum(before, reward)
         if before is not None and self.kind == "sum":
             reward = before + reward
-        return TwistValue(self.strength * reward, memory={"reward": reward})
+        memory = {} if self.kind == "difference" else {"reward": reward}
+        return TwistValue(self.strength * reward, memory=memory)
 
 
 class Tempered(Twist):
@@ -86,6 +87,7 @@ class Tempered(Twist):
         cache = dict(value.cache)
         if "direction" in cache:
             cache["direction"] = cache["direction"] * power
-        if "noise" in cache:  # a Gaussian to the power lambda has its covariance divided by it
-            cache["noise"] = cache["noise"] / max(power, 1e-12)
+        for noise in ("noise", "start_noise"):
+            if noise in cache:  # a Gaussian to the power lambda has its covariance divided by it
+                cache[noise] = cache[noise] / max(power, 1e-12)
         return TwistValue(value.log_psi * power, cache, value.memory)
