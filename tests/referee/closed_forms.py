@@ -1,6 +1,7 @@
 """Exact answers to compare with, written down in torch and without smcdiff.
 
-Data are x_0, their noised versions x_t = alpha_t x_0 + sqrt(1 - alpha_t^2) eps; everything is float64.
+Data are x_0 and their noised versions x_t = alpha_t x_0 + sqrt(1 - alpha_t^2) eps. Everything is
+float64.
 """
 
 import math

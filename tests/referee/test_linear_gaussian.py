@@ -7,11 +7,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from smcdiff.inference import SMC, TwistedSMC
+from smcdiff.inference import SMC, DenoisedLikelihood, Tempered, TwistedKernel, TwistedSMC
 from smcdiff.laws import CovariantNormal
 from smcdiff.models import Diffusion, GaussianDenoiser, VariancePreserving
 
-from .checks import BOUND, assert_zero_variance, finish, z_score
+from .checks import BOUND, assert_zero_variance, finish, z_of_evidence, z_score
 from .closed_forms import (
     BETAS,
     alphas,
@@ -172,7 +172,7 @@ def test_posterior_of_independent_particles():
 
 
 def test_overconfident_twist_has_weights_of_infinite_variance():
-    """E[W^2] is finite if and only if 2 x (precision of the target) > (precision of the proposal)."""
+    """E[W^2] is finite if and only if twice the target's precision exceeds the proposal's."""
     prior = chain()
     target = path_precision({6: (0.0, 0.0, noised_variance()), **KERNELS})
     target[0, 0] += 1 / 0.25
@@ -184,6 +184,27 @@ def test_overconfident_twist_has_weights_of_infinite_variance():
     for smallest, method in methods.items():
         gap = 2 * target - path_precision(proposed(prior, method))
         assert float(torch.linalg.eigvalsh(gap).min()) == pytest.approx(smallest, abs=5e-4)
+
+
+@pytest.mark.parametrize("power", [0.25, 0.5])
+def test_overconfident_twist_is_cured_by_tempering(power):
+    prior = chain()
+    target = path_precision({6: (0.0, 0.0, noised_variance()), **KERNELS})
+    target[0, 0] += 1 / 0.25
+    twist = Tempered(DenoisedLikelihood("none"), power)
+    method = SMC(
+        program(prior),
+        twist=twist,
+        proposal=TwistedKernel(),
+        num_particles=200,
+        ess_threshold=0.0,
+    )
+    gap = 2 * target - path_precision(proposed(prior, method))
+    assert float(torch.linalg.eigvalsh(gap).min()) > 0.3
+    many = SMC(
+        program(prior), twist=twist, proposal=TwistedKernel(), num_particles=8, num_runs=2000
+    )
+    assert abs(z_of_evidence(finish(many), EVIDENCE)) < BOUND
 
 
 def noised_variance():

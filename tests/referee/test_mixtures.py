@@ -1,7 +1,7 @@
 """Mixtures of Gaussians: not conjugate, and exact all the same.
 
-The reverse process of a mixture has mixtures for kernels, and so has that of the tilted mixture, which
-is therefore the optimal guide.
+The reverse process of a mixture has mixtures for kernels, and so has that of the tilted mixture,
+which is therefore the optimal guide.
 """
 
 import pyro
@@ -92,7 +92,7 @@ def test_kernel_is_that_of_bayes():
 
 @pytest.mark.parametrize("twist", [Known(optimal), None], ids=["optimal twist", "no twist"])
 def test_one_particle_knows_the_evidence(twist):
-    """The tilted mixture's reverse process is the optimal guide; it leaves the twist nothing to do."""
+    """The tilted mixture's reverse process is the optimal guide; the twist has nothing to do."""
     guide = guided_by(chain(TILTED))
     method = SMC(rewarded(chain()), guide, twist=twist, num_particles=1, num_runs=20)
     states = list(method.iterate())
@@ -117,7 +117,7 @@ def z_of(x):
     return (x - TILTED.means) / TILTED.variances.sqrt()
 
 
-# -------------------------------------------------------- Gaussian kernels, which are not exact here
+# ------------------------------------------------------ Gaussian kernels, which are not exact here
 
 
 def on_grid(prior):
