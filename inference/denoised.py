@@ -85,8 +85,8 @@ class DenoisedLikelihood(Twist):
         self.mode = self._choose(size)
         self._by_slope = self.mode == "jacobian" or (self.mode == "diagonal" and self.closed)
         through_network = bool(followed & set(self.names)) or (self.sites and not self._by_slope)
-        measured = self.mode in ("diagonal", "jacobian") and not self.closed
-        self.needs_gradient = bool(self.gradient and through_network) or measured
+        self.measures_network = self.mode in ("diagonal", "jacobian") and not self.closed
+        self.needs_gradient = bool(self.gradient and through_network) or self.measures_network
         self.needs_program_gradient = bool(self.sites) and self.operator is None
 
     def _follows(self, program: Program, site: str) -> bool:
@@ -122,7 +122,7 @@ class DenoisedLikelihood(Twist):
                 surrogate = surrogate - (solved * seen.residual).sum(-1)
             if view.t == view.program.num_steps:
                 cache |= self._for_the_start(view, matrix, seen)
-        if self.gradient and surrogate.requires_grad and self._moves(view):
+        if self.gradient and view.tracked and surrogate.requires_grad and self._moves(view):
             gradient = stack(view.gradient(surrogate.sum())) * self._advance(view)
             cache["direction"] = cache.get("direction", 0.0) + gradient
         return TwistValue(log_psi, cache)
@@ -182,8 +182,10 @@ class DenoisedLikelihood(Twist):
         if closed is not None:
             if t == 0:
                 return matrix, seen.noise
-            times = self._times_after(closed, matrix, view, t)
-            scaled = self._times_after(closed, matrix * ratio.sqrt(), view, t) * ratio.sqrt()
+            times = scaled = self._times_after(closed, matrix, view, t)
+            if bool((ratio - 1).abs().max() > 1e-9):  # a kernel whose variance is not exact
+                root = ratio.sqrt()
+                scaled = self._times_after(closed, matrix * root, view, t) * root
             gain = level("alpha") / level("sigma") ** 2
             return times * gain, seen.noise + scaled @ matrix.mT
         if self.mode == "diagonal":

@@ -109,17 +109,48 @@ class Evaluator:
             tensors (``twist``, ``memory``) and the proposal's (``proposal``).
         """
         if again is not None:
-            noise = {n: v.transpose(0, 1) for n, v in again.get("noise", {}).items()}
-            given = again["evaluation"]
+            whole = self._again(x, latents, memory, problems, again)
         else:
-            noise, given = self._noise(t, x) if t > 0 else {}, None
-        whole = Batch(x, latents, memory, problems, noise, given)
+            noise = self._noise(t, x) if t > 0 else {}
+            whole = Batch(x, latents, memory, problems, noise, None)
         size = self.chunk_size or whole.size
         chunks = [whole.rows(start, start + size) for start in range(0, whole.size, size)]
         cache = concatenate([self._look_at(t, chunk) for chunk in chunks])
         if self.keeps_draws and t > 0:
-            cache["noise"] = {n: v.transpose(0, 1) for n, v in noise.items()}
+            cache["noise"] = {n: v.transpose(0, 1) for n, v in whole.noise.items()}
         return cache
+
+    def log_psi(
+        self,
+        t: int,
+        x: dict[str, Tensor],
+        latents: dict[str, Tensor],
+        memory: dict[str, Tensor],
+        problems: Tensor | None,
+        again: Tree,
+    ) -> Tensor:
+        """log psi of an earlier look at other latents, differentiable in the latents."""
+        if self.twist.measures_network:
+            raise ValueError(
+                "this twist differentiates the network itself, and has no gradient in the latents: "
+                "use covariance='scalar', or Rejuvenation('random_walk')"
+            )
+        with torch.enable_grad():
+            view = self._view(t, self._again(x, latents, memory, problems, again))
+            return self._with_upstream(view, self.twist.evaluate(view).log_psi)
+
+    def _again(
+        self,
+        x: dict[str, Tensor],
+        latents: dict[str, Tensor],
+        memory: dict[str, Tensor],
+        problems: Tensor | None,
+        again: Tree,
+    ) -> Batch:
+        """The particles of an earlier look, with its draws and its network outputs."""
+        noise = {n: v.transpose(0, 1) for n, v in again.get("noise", {}).items()}
+        given = None if self.twist.measures_network else again["evaluation"]
+        return Batch(x, latents, memory, problems, noise, given)
 
     def kernels(self, t: int, x: Mapping[str, Tensor], cache: Tree) -> dict[str, Kernel]:
         """The transitions out of ``x``, rebuilt from the cache without a network call."""
@@ -227,10 +258,7 @@ class Evaluator:
         return {**shared, **{k: statement.context[k][:batch] for k in moving}}
 
     def _cache(self, view: View, value: TwistValue, extra: Tree) -> dict[str, Tree]:
-        log_psi = value.log_psi.detach().double()
-        upstream = set(self.program.latents) - self.program.downstream
-        if upstream:  # constant along the path: the twist need not know of them
-            log_psi = log_psi + view.execution.log_joint(upstream)[: view.batch].detach()
+        log_psi = self._with_upstream(view, value.log_psi).detach()
         if bool(log_psi.isnan().any()):
             raise ValueError(_blame(view.execution, view.t))
         moving = {n: self.program.sources[n].particle_context for n in view.contexts}
@@ -242,6 +270,13 @@ class Evaluator:
             "memory": value.memory,
             "proposal": extra,
         }
+
+    def _with_upstream(self, view: View, log_psi: Tensor) -> Tensor:
+        """Adds the log p of latents upstream of all processes: the twist need not know of them."""
+        upstream = set(self.program.latents) - self.program.downstream
+        if not upstream:
+            return log_psi.double()
+        return log_psi.double() + view.execution.log_joint(upstream)[: view.batch]
 
     def _noise(self, t: int, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Noise for the draws of x_0: standard normal, or uniform where x_0 is discrete."""

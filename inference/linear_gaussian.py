@@ -18,6 +18,7 @@ Any other shift s is corrected by the weight, computed in difference form:
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float64
@@ -78,12 +79,12 @@ class LocalTwist:
     """The look-ahead as the proposal sees it, in float64.
 
     Attributes:
-        shift: s, with shape ``(particle, d)``.
+        direction: :math:`V^{-1} s`, the gradient of the look-ahead, with shape ``(particle, d)``.
         slope: K, with shape ``(particle or 1, d_y, d)``, or None for no curvature.
         noise: R, with shape ``(particle or 1, d_y, d_y)``.
     """
 
-    shift: Float64[Tensor, "particle d"]
+    direction: Float64[Tensor, "particle d"]
     slope: Tensor | None = None
     noise: Tensor | None = None
 
@@ -95,27 +96,39 @@ class TwistedStep:
     covariance: Covariance
     local: LocalTwist
 
+    @cached_property
+    def shift(self) -> Float64[Tensor, "particle d"]:
+        """s."""
+        return self.covariance.times(self.local.direction[:, None])[:, 0]
+
+    @cached_property
+    def _curvature(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """K, K V, and the Cholesky factors of R and of S."""
+        slope, noise = self.local.slope, self.local.noise
+        if slope is None or noise is None:
+            return None
+        spread = self.covariance.times(slope)
+        total = torch.linalg.cholesky(noise + slope @ spread.mT)
+        return slope, spread, torch.linalg.cholesky(noise), total
+
     def sample(self) -> Float64[Tensor, "particle d"]:
         """Offsets e ~ q."""
-        shift, slope, noise = self.local.shift, self.local.slope, self.local.noise
-        e = self.covariance.sample(len(shift))
-        if slope is None or noise is None:
-            return e + shift
-        spread = self.covariance.times(slope)
-        factor = torch.linalg.cholesky(noise + slope @ spread.mT)
-        white = torch.randn(len(shift), slope.shape[-2], 1, dtype=e.dtype, device=e.device)
-        miss = slope @ e[..., None] + torch.linalg.cholesky(noise) @ white
-        return shift + e - (spread.mT @ torch.cholesky_solve(miss, factor))[..., 0]
+        e = self.covariance.sample(len(self.shift))
+        if self._curvature is None:
+            return e + self.shift
+        slope, spread, factor, total = self._curvature
+        white = torch.randn(len(e), slope.shape[-2], 1, dtype=e.dtype, device=e.device)
+        miss = torch.cholesky_solve(slope @ e[..., None] + factor @ white, total)
+        return self.shift + e - (spread.mT @ miss)[..., 0]
 
     def log_ratio(self, e: Float64[Tensor, "particle d"]) -> Float64[Tensor, " particle"]:
         """log p(e) / q(e)."""
-        shift, slope, noise = self.local.shift, self.local.slope, self.local.noise
-        plain = (self.covariance.divide(shift[:, None])[:, 0] * (0.5 * shift - e)).sum(-1)
-        if slope is None or noise is None:
+        plain = (self.local.direction * (0.5 * self.shift - e)).sum(-1)
+        if self._curvature is None:
             return plain
-        factor = torch.linalg.cholesky(noise)
-        white = torch.linalg.solve_triangular(factor, slope @ (e - shift)[..., None], upper=False)
-        total = torch.linalg.cholesky(noise + slope @ self.covariance.times(slope).mT)
+        slope, _, factor, total = self._curvature
+        miss = slope @ (e - self.shift)[..., None]
+        white = torch.linalg.solve_triangular(factor, miss, upper=False)
         log_det = log_diagonal(total) - log_diagonal(factor)
         return plain + 0.5 * white.square().sum((-2, -1)) - log_det
 

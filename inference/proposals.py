@@ -146,7 +146,7 @@ class TwistedKernel(Proposal):
         spread = covariance.times(slope)
         factor = torch.linalg.cholesky(noise + slope @ spread.mT)
         solved = torch.cholesky_solve(twist["start_residual"][..., None], factor)
-        local = LocalTwist((spread.mT @ solved)[..., 0], slope, noise)
+        local = LocalTwist((slope.mT @ solved)[..., 0], slope, noise)
         x, log_ratio = self._draw(laws, covariance, local, start.draws)
         return Move({**start.draws, **x}, log_ratio)
 
@@ -156,19 +156,20 @@ class TwistedKernel(Proposal):
         discrete = {n: sample_as(k.law, x[n]) for n, k in kernels.items() if n not in laws}
         if covariance is None or "direction" not in twist:
             return Move({**{n: sample_as(law, x[n]) for n, law in laws.items()}, **discrete})
-        shift = self._shift(covariance, twist["direction"])
-        curved = self.curvature and "slope" in twist
-        local = LocalTwist(shift, twist["slope"], twist["noise"]) if curved else LocalTwist(shift)
+        direction = self._limited(covariance, self.temper * twist["direction"])
+        local = LocalTwist(direction)
+        if self.curvature and "slope" in twist:
+            local = LocalTwist(direction, twist["slope"], twist["noise"])
         moved, log_ratio = self._draw(laws, covariance, local, x)
         return Move({**moved, **discrete}, log_ratio)
 
-    def _shift(self, covariance: Covariance, direction: Tensor) -> Tensor:
-        shift = self.temper * covariance.times(direction[:, None])[:, 0]
+    def _limited(self, covariance: Covariance, direction: Tensor) -> Tensor:
+        """The direction, shortened where the shift that it makes would exceed the clip."""
         if self.clip is None:
-            return shift
-        square = (shift * covariance.divide(shift[:, None])[:, 0]).sum(-1, keepdim=True)
-        size = (square / shift.shape[-1]).sqrt()
-        return shift * (self.clip / size.clamp(min=self.clip))
+            return direction
+        shift = covariance.times(direction[:, None])[:, 0]
+        size = (shift * direction).mean(-1, keepdim=True).sqrt()
+        return direction * (self.clip / size.clamp(min=self.clip))
 
     @staticmethod
     def _draw(

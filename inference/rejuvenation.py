@@ -8,7 +8,6 @@ led
 to x_t, and the target would be the law of that whole path.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -82,19 +81,15 @@ class Rejuvenation:
             the latents, the cache (with log-twists of the new latents) and who accepted how often.
         """
         _check_target(cache)
+        around = Surroundings(evaluator, t, x, latents, cache, problems)
         accepted = torch.zeros(len(where), dtype=torch.float64, device=where.device)
-
-        def target(free: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Tree]:
-            values = {n: self._transforms[n](u) for n, u in free.items()}
-            looked = evaluator.look(t, x, {**latents, **values}, cache["memory"], problems, cache)
-            return looked["log_psi"] + self._log_jacobian(free, values), values, looked
-
         free = {n: f.inv(latents[n]) for n, f in self._transforms.items()}
         for _ in range(self.num_moves):
-            before, _, _ = target(free)
-            proposal, log_ratio = self._propose(free, target)
-            after, values, looked = target(proposal)
-            log_accept = after - before + log_ratio
+            before = cache["log_psi"] + self._log_jacobian(free)
+            proposal, log_ratio = self._propose(free, around)
+            values = {n: self._transforms[n](u) for n, u in proposal.items()}
+            looked = around.look(values)
+            log_accept = looked["log_psi"] + self._log_jacobian(proposal) - before + log_ratio
             accept = where & (torch.rand_like(log_accept).log() < log_accept)
             accepted += accept.double() / self.num_moves
             free = {n: _where(accept, proposal[n], free[n]) for n in free}
@@ -102,20 +97,60 @@ class Rejuvenation:
             cache = _take(accept, looked, cache)
         return latents, cache, accepted
 
-    def _propose(self, free: dict[str, Tensor], target: object) -> tuple[dict[str, Tensor], Tensor]:
-        """New coordinates and log q(old | new) - log q(new | old)."""
-        noise = {n: torch.randn_like(u) for n, u in free.items()}
-        moved = {n: u + self.step_size * noise[n] for n, u in free.items()}
-        first = next(iter(free.values()))
-        return moved, torch.zeros(len(first), dtype=torch.float64, device=first.device)
+    def _propose(
+        self, free: dict[str, Tensor], around: "Surroundings"
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """New coordinates u' and log q(u | u') - log q(u' | u)."""
+        step, white = self.step_size, {n: torch.randn_like(u) for n, u in free.items()}
+        if self.kind == "random_walk":
+            return {n: u + step * white[n] for n, u in free.items()}, _total(white) * 0.0
+        drift = self._drift(free, around)
+        moved = {n: u + drift[n] + step * white[n] for n, u in free.items()}
+        back = self._drift(moved, around)
+        returned = {n: (free[n] - moved[n] - back[n]) / step for n in free}
+        squares = {n: white[n].square() - returned[n].square() for n in free}
+        return moved, 0.5 * _total(squares)
 
-    def _log_jacobian(self, free: dict[str, Tensor], values: dict[str, Tensor]) -> Tensor:
-        total: Tensor | float = 0.0
-        for name, transform in self._transforms.items():
-            log_det = transform.log_abs_det_jacobian(free[name], values[name])
-            total = total + log_det.double().reshape(len(log_det), -1).sum(-1)
-        assert isinstance(total, Tensor)
-        return total
+    def _drift(self, free: dict[str, Tensor], around: "Surroundings") -> dict[str, Tensor]:
+        """Half a squared step along the gradient of the log target."""
+        with torch.enable_grad():
+            tracked = {n: u.detach().requires_grad_() for n, u in free.items()}
+            values = {n: self._transforms[n](u) for n, u in tracked.items()}
+            target = around.log_psi(values) + self._log_jacobian(tracked)
+            gradients = torch.autograd.grad(target.sum(), list(tracked.values()))
+        half = 0.5 * self.step_size**2
+        return {n: half * g for n, g in zip(tracked, gradients, strict=True)}
+
+    def _log_jacobian(self, free: dict[str, Tensor]) -> Tensor:
+        """log |dz / du| of the map to unconstrained coordinates."""
+        return _total(
+            {
+                n: self._transforms[n].log_abs_det_jacobian(u, self._transforms[n](u))
+                for n, u in free.items()
+            }
+        )
+
+
+@dataclass
+class Surroundings:
+    """Everything that stays while latents move."""
+
+    evaluator: Evaluator
+    t: int
+    x: dict[str, Tensor]
+    latents: dict[str, Tensor]
+    cache: Tree
+    problems: Tensor | None
+
+    def look(self, values: dict[str, Tensor]) -> Tree:
+        """The particles with other values of some latents."""
+        latents, memory = {**self.latents, **values}, self.cache["memory"]
+        return self.evaluator.look(self.t, self.x, latents, memory, self.problems, self.cache)
+
+    def log_psi(self, values: dict[str, Tensor]) -> Tensor:
+        """Their log-twist, differentiable in the values."""
+        latents, memory = {**self.latents, **values}, self.cache["memory"]
+        return self.evaluator.log_psi(self.t, self.x, latents, memory, self.problems, self.cache)
 
 
 def _ancestors(program: Program, names: set[str]) -> set[str]:
@@ -143,6 +178,12 @@ def _check_target(cache: Tree) -> None:
         )
 
 
+def _total(parts: dict[str, Tensor]) -> Tensor:
+    """The sum over all elements of all latents, per particle, in float64."""
+    rows = [v.double().reshape(len(v), -1).sum(-1) for v in parts.values()]
+    return torch.stack(rows).sum(0)
+
+
 def _where(accept: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(accept.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
 
@@ -157,6 +198,3 @@ def _take(accept: Tensor, looked: Tree, cache: Tree) -> Tree:
     twist = {n: _where(accept, v, cache["twist"][n]) for n, v in looked["twist"].items()}
     taken["twist"] = {**cache["twist"], **twist}
     return taken
-
-
-__all__ = ["Rejuvenation", "math"]

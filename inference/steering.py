@@ -73,6 +73,7 @@ class Tempered(Twist):
         self.twist.prepare(program)
         self.needs_gradient = self.twist.needs_gradient
         self.needs_program_gradient = self.twist.needs_program_gradient
+        self.measures_network = self.twist.measures_network
 
     @property
     def num_draws(self) -> int:

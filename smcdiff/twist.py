@@ -55,6 +55,11 @@ class View:
     backward: Callable[[int], None] = field(default=lambda _: None)
 
     @property
+    def tracked(self) -> bool:
+        """Whether autograd follows the states."""
+        return any(x.requires_grad for x in self.x.values())
+
+    @property
     def processes(self) -> dict[str, Process]:
         return self.program.processes
 
@@ -111,10 +116,12 @@ class Twist(ABC):
         needs_gradient: whether ``View.x`` must be tracked by autograd, through the networks.
         needs_program_gradient: whether ``View.execution.states`` must be, through the program
         alone.
+        measures_network: whether log psi itself is made of derivatives of the network.
     """
 
     needs_gradient: bool = False
     needs_program_gradient: bool = False
+    measures_network: bool = False
 
     def prepare(self, program: Program) -> None:
         """Called once per run, before any particle exists; may refuse the program."""
