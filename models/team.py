@@ -107,6 +107,8 @@ class Team(Process):
             logits = law.logits.split(self.sizes, -2)
             laws = [dist.Categorical(logits=p, validate_args=False).to_event(1) for p in logits]
             return dict(zip(self.agents, laws, strict=True))
+        if isinstance(law, CovariantNormal):
+            return self._split_covariant(name, law)
         if not isinstance(law, torch.distributions.Normal):
             raise TypeError(f"a Team cannot emit its members' sites from a {type(law).__name__}")
         means, scales = self.split(name, law.loc), self.split(name, law.scale)
@@ -121,6 +123,13 @@ class Team(Process):
         parts = zip(levels, self.agents.values(), strict=True)
         tables = [torch.as_tensor(v, dtype=torch.float64).expand(a.event_shape) for v, a in parts]
         return torch.cat([table.flatten() for table in tables])
+
+    def _split_covariant(self, name: str, law: CovariantNormal) -> dict[str, Distribution]:
+        """The members' rows of diag(a) + F F', which is block-diagonal."""
+        means = self.split(name, law.loc)
+        diagonals, factors = law.diagonal.split(self.sizes, -1), law.factor.split(self.sizes, -2)
+        parts = zip(means.items(), diagonals, factors, strict=True)
+        return {n: CovariantNormal(m, a, f, self.member_dim(name, n)) for (n, m), a, f in parts}
 
     def _join_laws(self, laws: list[Distribution], where: str) -> Distribution:
         dims = [len(agent.event_shape) for agent in self.agents.values()]
