@@ -1,54 +1,35 @@
 r"""The result of inference: weighted particles of x_0 and of the latents, and what they are worth.
 
 .. math:: E[f \mid y] \approx \sum_{r,i} W_{r,i}\, f(x_{r,i}), \qquad
-          W_{r,i} \propto \hat Z_r \, \frac{e^{\ell_{r,i}}}{\sum_j e^{\ell_{r,j}}},
+          W_{r,i} = \frac{\hat Z_r}{\sum_s \hat Z_s} \,
+                    \frac{e^{\ell_{r,i}}}{\sum_j e^{\ell_{r,j}}},
 
 r the independent runs, i their particles: a run counts by its evidence. Leading axes are ``run
-particle``, with ``problem`` in front where data are declared per problem; problems are never pooled.
+particle``, with ``problem`` in front where data are declared per problem; problems are not pooled.
 """
 
-import copy
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float64
-from pyro.poutine import uncondition
 from torch import Tensor
 
+from .averages import Expectation, draw, expectation
 from .evidence import Evidence, combine_runs, relative_variance
-from .particles import Calls, Particles, Step, map_tree
+from .particles import Calls, Particles, Step
+from .predictive import Samples, event_dims, members, observations, predict
 from .program import Program
-from .resampling import RESAMPLERS
 from .weights import normalise
 
-if TYPE_CHECKING:  # heavy, and imported when they are needed
+if TYPE_CHECKING:  # what these files import is heavy
     from matplotlib.figure import Figure
     from networkx import DiGraph
 
     from .diagnostics import Diagnosis
     from .summary import Summary
-
-Samples = dict[str, Tensor]
-Quantity = str | Callable[[Samples], Tensor]
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """A posterior mean.
-
-    Attributes:
-        mean, sd: of the posterior, with shape ``(*problems, *quantity)``.
-        standard_error: the Monte Carlo error of the mean: from the runs or, of one run, from the shares
-            of its roots (no less than the truth); nan for one particle. It sees what the weights see.
-    """
-
-    mean: Float64[Tensor, "..."]
-    sd: Float64[Tensor, "..."]
-    standard_error: Float64[Tensor, "..."]
 
 
 class Posterior:
@@ -56,14 +37,14 @@ class Posterior:
 
     Args:
         particles: the particles at t = 0.
-        program: the program they belong to (None: everything but :meth:`predictive` and
-            :meth:`plot_graph` works).
+        program: the program they belong to. Without it everything works but :meth:`predictive` and
+            :meth:`plot_graph`.
         method: the name of the algorithm.
-        resampler: the scheme it resampled with. Only multinomial resampling has a single-run variance
-            that counts the resamplings; that of the others is the same, and conservative.
+        resampler: the scheme it resampled with, for the single-run error of log Z (which takes
+            resamplings into account for "multinomial", and is conservative for all others).
 
     Raises:
-        ValueError: the run is not finished.
+        ValueError: the particles are not at t = 0.
     """
 
     def __init__(
@@ -75,74 +56,76 @@ class Posterior:
     ) -> None:
         if particles.t != 0:
             raise ValueError(
-                f"a posterior needs particles at t = 0, but these stand at t = {particles.t}: run them "
-                "to the end"
+                f"a posterior needs particles at t = 0, but these are at t = {particles.t}: let "
+                "the run finish"
             )
         self.particles, self.program = particles, program
         self.method, self.resampler = method, resampler
-        self._members = {} if program is None else _split(particles, program)
-        self._event_dims = {} if program is None else _event_dims(program)
-        self._observed: Samples | None = None
+        self._members: dict[str, Samples] = {} if program is None else members(program, particles)
+        self._event_dims = {} if program is None else event_dims(program)
+        self._observed: Samples | None = None if program is not None else {}
 
     def __repr__(self) -> str:
-        sizes = " x ".join(str(size) for size in self.particles.axes)
-        return f"<Posterior of {self.method}: {sizes} particles of {', '.join(self.samples)}>"
+        sizes = " x ".join(map(str, self.particles.axes))
+        return f"<Posterior by {self.method}: {sizes} particles of {', '.join(self.samples)}>"
 
     # ------------------------------------------------------------------------------ what came out
 
     @property
     def samples(self) -> Samples:
-        """x_0 of every process (of a Team: of every member) and the latents, with shape ``(*axes, *plates, *event)``."""
-        states = {}
+        """x_0 of each process (of a Team: of each member) and the latents, by site.
+
+        Each has the shape ``(*axes, *plates, *event)``.
+        """
+        states: Samples = {}
         for name, x in self.particles.x.items():
             states |= self._members.get(name, {name: x})
         return {**states, **self.particles.latents}
 
     def event_dim(self, site: str) -> int:
-        """How many of the last dimensions of a sample are one event (all but the axes, if unknown)."""
+        """How many of a sample's last dimensions make one event (unknown: all after the axes)."""
         return self._event_dims.get(site, self.samples[site].dim() - len(self.particles.axes))
 
     @property
     def observed(self) -> Samples:
         """The values of the observed sites, with shape ``(*problems, *plates, *event)``."""
         if self._observed is None:
-            self._observed = {} if self.program is None else _observations(self)
+            self._observed = observations(self._needed("observed"), self.particles)
         return self._observed
 
     @property
     def log_weights(self) -> Float64[Tensor, "*runs particle"]:
-        """Unnormalised, since the last resampling of each run."""
+        """Unnormalised, and counted from the last resampling of each run."""
         return self.particles.log_weights
 
     @property
     def weights(self) -> Float64[Tensor, "*runs particle"]:
-        """W: they add to one over the runs and particles of a problem."""
-        within = normalise(self.log_weights)
-        return within * normalise(self.particles.log_evidence)[..., None]
+        """W, adding to one over the runs and particles of a problem."""
+        runs = normalise(self.particles.log_evidence)
+        return normalise(self.log_weights) * runs[..., None]
 
     @property
     def log_evidence(self) -> Float64[Tensor, "*runs"]:
-        """The estimate of log Z of every run.
+        """The estimate of log Z of each run.
 
         Raises:
-            ValueError: the method has no valid weights.
+            ValueError: the method gives no valid weights.
         """
         if not self.particles.weighted:
             raise ValueError(
-                f"{self.method} cannot be corrected: its samples carry no weights and so no evidence. "
-                "Where its transitions have a density, use it as the guide of SMC to weigh them"
+                f"{self.method} gives no valid weights, and so no evidence: its samples cannot be "
+                "corrected. Use it as a guide, as in SMC(model, guide), where its transitions have "
+                "a density"
             )
         return self.particles.log_evidence
 
     @property
     def evidence(self) -> Evidence:
-        """The runs combined, with standard errors from the runs and from the genealogy of one."""
-        log_evidence = self.log_evidence
-        resamplings = torch.stack([step.resampled for step in self.history]).sum(0)
-        roots = self.particles.roots
-        return combine_runs(
-            log_evidence, relative_variance(self.log_weights, roots, resamplings, self.resampler)
-        )
+        """The runs of a problem together, with errors from the runs and from one's genealogy."""
+        log_evidence, roots = self.log_evidence, self.particles.roots
+        times = torch.stack([step.resampled for step in self.history]).sum(0)
+        variances = relative_variance(self.log_weights, roots, times, self.resampler)
+        return combine_runs(log_evidence, variances)
 
     @property
     def history(self) -> tuple[Step, ...]:
@@ -151,132 +134,75 @@ class Posterior:
 
     @property
     def num_network_calls(self) -> int:
-        """Network evaluations, one per particle and state."""
-        return self._calls().network
+        """Network evaluations: 64 particles at one step count 64."""
+        return self._calls.network
 
     @property
     def num_gradient_calls(self) -> int:
-        """Backward passes through the network, one per particle and state."""
-        return self._calls().gradient
+        """Backward passes through the network, counted alike."""
+        return self._calls.gradient
 
+    @property
     def _calls(self) -> Calls:
         return sum((step.calls for step in self.history), Calls())
 
-    # ------------------------------------------------------------------------------- using it
+    # ---------------------------------------------------------------------------------- using it
 
-    def expectation(self, quantity: Quantity) -> Expectation:
-        """The weighted mean and standard deviation of a site, or of a function of the samples.
+    def expectation(self, quantity: str | Callable[[Samples], Tensor]) -> Expectation:
+        """The posterior mean of a site or of a function of the samples, its deviation and error.
 
         Args:
-            quantity: a site, or a function from ``samples`` to a tensor with shape ``(*axes, ...)``.
+            quantity: a site, or a function from ``samples`` to a tensor with shape
+                ``(*axes, ...)``.
         """
         values = self.samples[quantity] if isinstance(quantity, str) else quantity(self.samples)
-        lead = len(self.particles.axes)
-        if tuple(values.shape[:lead]) != self.particles.axes:
-            raise ValueError(
-                f"a quantity needs the shape (*{self.particles.axes}, ...), one value per particle, but "
-                f"got {tuple(values.shape)}: reduce over the dimensions behind the first {lead}"
-            )
-        values = values.double().flatten(lead)
-        weights = self.weights[..., None]
-        mean = (weights * values).sum((-3, -2), keepdim=True)
-        offsets = values - mean
-        variance = (weights * offsets.square()).sum((-3, -2))
-        error = self._standard_error(weights * offsets)
-        shape = (*values.shape[: lead - 2], *self._tail(quantity))
-        parts = mean[..., 0, 0, :], variance.sqrt(), error
-        return Expectation(*(part.reshape(shape) for part in parts))
-
-    def _tail(self, quantity: Quantity) -> tuple[int, ...]:
-        values = self.samples[quantity] if isinstance(quantity, str) else quantity(self.samples)
-        return tuple(values.shape[len(self.particles.axes) :])
-
-    def _standard_error(self, shares: Tensor) -> Tensor:
-        """From what each run (or root, of one run) adds to the weighted mean of the offsets."""
-        groups = shares.sum(-2)
-        if shares.shape[-3] == 1:
-            roots = self.particles.roots[..., None].expand(shares.shape)
-            groups = torch.zeros_like(shares).scatter_add(-2, roots, shares)[..., 0, :, :]
-        count = groups.shape[-2]
-        if count == 1:
-            return torch.full_like(groups[..., 0, :], torch.nan)
-        return (groups.square().sum(-2) * count / (count - 1)).sqrt()
+        return expectation(values, self.weights, self.particles.roots)
 
     def resample(self, n: int | None = None, scheme: str = "systematic") -> Samples:
-        """Equally weighted draws of every run, by its own weights, in random order.
+        """Equally weighted draws from each run, in random order.
+
+        Each run is drawn from by its own weights; how the runs weigh against each other is in
+        ``log_evidence``. Draws repeat particles, so their number is no effective sample size.
 
         Args:
             n: draws per run (None: as many as particles).
             scheme: a name of ``smcdiff.resampling.RESAMPLERS``.
 
         Returns:
-            Draws by site, with shape ``(problem) run n ...``. They repeat particles: their number is no
-            effective sample size.
+            Draws by site, with shape ``(*problems, run, n, *plates, *event)``.
         """
-        rows = draw_indices(self.log_weights, n or self.particles.num_particles, scheme)
-        num_runs, size = rows[..., 0].numel(), self.particles.num_particles
-        start = torch.arange(num_runs, device=rows.device)[:, None] * size
-        flat = (rows.reshape(num_runs, -1) + start).reshape(-1)
-        lead = len(self.particles.axes)
-        return {
-            name: x.flatten(0, lead - 1)[flat].reshape(*rows.shape, *x.shape[lead:])
-            for name, x in self.samples.items()
-        }
+        size, lead = self.particles.num_particles, len(self.particles.axes)
+        indices = draw(self.log_weights, size if n is None else n, scheme)
+        start = torch.arange(self.particles.log_norm.numel(), device=indices.device) * size
+        rows = indices + start.reshape(*indices.shape[:-1], 1)
+        return {name: x.flatten(0, lead - 1)[rows] for name, x in self.samples.items()}
 
     def predictive(self, **overrides: Any) -> Samples:
         """What would be observed: the program run on the particles, its observed sites sampled.
-
-        Factors are ignored. Draws belong to the particles and so carry their weights.
 
         Args:
             overrides: arguments of the program to replace, by name.
 
         Returns:
-            Draws of the observed sites and values of the deterministic ones, with shape
-            ``(*axes, *plates, *event)``.
+            Draws of observed sites and values of deterministic ones, with shape ``(*axes, *plates,
+            *event)``. They belong to the particles, and so carry their weights.
         """
-        program = _generative(self._need_program("predictive()"), overrides)
-        particles, axes = self.particles, self.particles.axes
-        lead, batch = len(axes), self.log_weights.numel()
-        x0 = {n: x.flatten(0, lead - 1) for n, x in particles.x.items()}
-        latents = {n: z.flatten(0, lead - 1) for n, z in particles.latents.items()}
-        problems = _problem_rows(program, batch)
-        with torch.no_grad():
-            sites = program.execute(lambda s: x0[s.name], latents, batch, problems).sites
-        wanted = {n: s.kind for n, s in program.likelihoods.items()}
-        draws = {}
-        for name, kind in wanted.items():
-            if kind in ("observed", "deterministic") and name in sites:
-                value = torch.as_tensor(sites[name].value)
-                if kind == "deterministic" and not program.likelihoods[name].parents:
-                    value = value.expand(batch, *value.shape)
-                draws[name] = value.reshape(*axes, *value.shape[1:])
-        return draws
-
-    def _need_program(self, what: str) -> Program:
-        if self.program is None:
-            raise ValueError(
-                f"{what} needs the program, which a file does not hold: Posterior.load(path, "
-                "program=Program(model, args))"
-            )
-        return self.program
-
-    # ----------------------------------------------------------------------------- looking at it
+        return predict(self._needed("predictive()"), self.particles, overrides)
 
     def summary(self) -> "Summary":
-        """A table to read: evidence, weights, verdict, and every site's mean and deviation."""
+        """A table to read: evidence, weights, verdict, and the mean and deviation of each site."""
         from .summary import summarise
 
         return summarise(self)
 
     def diagnose(self) -> "Diagnosis":
-        """Whether to trust it, why, and what to try."""
+        """Whether the answer can be trusted, why, and what to try."""
         from .diagnostics import diagnose
 
         return diagnose(self)
 
     def to_arviz(self) -> Any:
-        """An ``InferenceData`` (ArviZ 0.23) or ``xarray.DataTree`` (1.x); see ``smcdiff/export.py``."""
+        """An ``InferenceData`` or, from ArviZ 1.0 on, a ``DataTree``: see :mod:`smcdiff.export`."""
         from .export import to_arviz
 
         return to_arviz(self)
@@ -286,3 +212,84 @@ class Posterior:
         from .graph import genealogy
 
         return genealogy(self)
+
+    def _needed(self, what: str) -> Program:
+        if self.program is None:
+            raise ValueError(
+                f"{what} needs the program, which files do not hold: Posterior.load(path, "
+                "program=Program(model, args))"
+            )
+        return self.program
+
+    # --------------------------------------------------------------------------------- pictures
+
+    def plot_steps(self, **options: Any) -> "Figure":
+        """Effective sample size and k-hat over the steps."""
+        from .plots import plot_steps
+
+        return plot_steps(self, **options)
+
+    def plot_evidence(self, **options: Any) -> "Figure":
+        """log Z over the steps, run by run."""
+        from .plots import plot_evidence
+
+        return plot_evidence(self, **options)
+
+    def plot_weights(self, **options: Any) -> "Figure":
+        """The Lorenz curve of the final weights."""
+        from .plots import plot_weights
+
+        return plot_weights(self, **options)
+
+    def plot_genealogy(self, **options: Any) -> "Figure":
+        """The ancestors of the final particles."""
+        from .plots import plot_genealogy
+
+        return plot_genealogy(self, **options)
+
+    def plot_samples(self, site: str | None = None, **options: Any) -> "Figure":
+        """Images: posterior mean, standard deviation and draws."""
+        from .images import plot_samples
+
+        return plot_samples(self, site, **options)
+
+    def plot_graph(self, **options: Any) -> "Figure":
+        """The program: its processes, latents and observed sites."""
+        from .graph import plot_graph
+
+        return plot_graph(self._needed("plot_graph()"), **options)
+
+    # ------------------------------------------------------------------------------------- files
+
+    def save(self, path: str | Path) -> None:
+        """Writes all but the program to one safetensors file (no pickled code), atomically."""
+        record = {
+            "method": self.method,
+            "resampler": self.resampler,
+            "members": self._members,
+            "event_dims": self._event_dims,
+            "observed": self.observed,
+        }
+        kept = {"particles": self.particles.cache, "posterior": record}
+        replace(self.particles, cache=kept).save(path)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, program: Program | None = None, device: torch.device | str = "cpu"
+    ) -> "Posterior":
+        """Reads what :meth:`save` wrote.
+
+        Args:
+            program: the program, for :meth:`predictive` and :meth:`plot_graph`.
+        """
+        particles = Particles.load(path, device)
+        if "posterior" not in particles.cache:
+            raise ValueError(
+                f"{path} is a checkpoint, not a posterior: read it with Particles.load"
+            )
+        record = particles.cache["posterior"]
+        particles = replace(particles, cache=particles.cache["particles"])
+        posterior = cls(particles, program, record["method"], record["resampler"])
+        posterior._members, posterior._event_dims = record["members"], record["event_dims"]
+        posterior._observed = record["observed"]
+        return posterior
