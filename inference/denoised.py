@@ -55,15 +55,22 @@ class DenoisedLikelihood(Twist):
             scalar.
         num_draws: draws of x_0 for sites that are not Gaussian (0: evaluate at the mean).
         gradient: whether the proposal will want gradients.
+        curvature: whether it will want curvatures (None: where the Jacobian is known; a scalar one
+            may well be too narrow for data that is not Gaussian).
     """
 
     def __init__(
-        self, covariance: CovarianceName = "auto", num_draws: int = 8, gradient: bool = True
+        self,
+        covariance: CovarianceName = "auto",
+        num_draws: int = 8,
+        gradient: bool = True,
+        curvature: bool | None = None,
     ) -> None:
         names = ("auto", "none", "scalar", "diagonal", "jacobian")
         if covariance not in names:
             raise ValueError(f"covariance must be one of {names}, but got {covariance!r}")
         self.covariance, self._draws, self.gradient = covariance, num_draws, gradient
+        self.curvature = curvature
 
     def prepare(self, program: Program) -> None:
         noised = {n for n, p in program.processes.items() if p.signal(program.num_steps)}
@@ -84,6 +91,7 @@ class DenoisedLikelihood(Twist):
         self.closed = all(program.processes[n].closed_form for n in self.names)
         self.mode = self._choose(size)
         self._by_slope = self.mode == "jacobian" or (self.mode == "diagonal" and self.closed)
+        self._curved = self._by_slope if self.curvature is None else self.curvature
         through_network = bool(followed & set(self.names)) or (self.sites and not self._by_slope)
         self.measures_network = self.mode in ("diagonal", "jacobian") and not self.closed
         self.needs_gradient = bool(self.gradient and through_network) or self.measures_network
@@ -115,12 +123,13 @@ class DenoisedLikelihood(Twist):
             likelihood, solved = log_normal(seen.residual, spread)
             solved = solved.detach()
             log_psi = log_psi + likelihood  # differentiable in the latents, for rejuvenation
-            cache = {"slope": _rows(slope, view.batch), "noise": _rows(noise, view.batch)}
+            if self._curved:
+                cache = {"slope": _rows(slope, view.batch), "noise": _rows(noise, view.batch)}
             if self._by_slope:
                 cache["direction"] = (slope.mT @ solved[..., None])[..., 0]
             else:
                 surrogate = surrogate - (solved * seen.residual).sum(-1)
-            if view.t == view.program.num_steps:
+            if self._curved and view.t == view.program.num_steps:
                 cache |= self._for_the_start(view, matrix, seen)
         if self.gradient and view.tracked and surrogate.requires_grad and self._moves(view):
             gradient = stack(view.gradient(surrogate.sum())) * self._advance(view)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smcdiff.execution import Execution, Statement
 from smcdiff.particles import Calls, map_tree
-from smcdiff.process import Kernel, Tree
+from smcdiff.process import Kernel, Tree, check_finite
 from smcdiff.program import Program
 from smcdiff.twist import Twist, TwistValue, View
 
@@ -244,7 +244,7 @@ class Evaluator:
             return batch.given[name]
         evaluation = process.evaluate(batch.x[name], t, **context)
         self._spend(Calls(network=batch.size * process.calls(t)))
-        _check_finite(name, t, evaluation)
+        check_finite(name, t, evaluation)
         return evaluation
 
     def _spend(self, calls: Calls) -> None:
@@ -319,22 +319,6 @@ def _estimates(kernel: Kernel, noise: Tensor | None, copies: int) -> Tensor:
     if noise is None:
         return mean
     return torch.cat([mean[None], mean + law.stddev * noise]).flatten(0, 1)
-
-
-def _check_finite(name: str, t: int, evaluation: Tree) -> None:
-    """Refuses NaN and +inf in what a network returned (-inf is the log 0 of discrete logits)."""
-    if isinstance(evaluation, dict):
-        for key, part in evaluation.items():
-            _check_finite(f"{name}[{key}]" if len(evaluation) > 1 else name, t, part)
-    elif isinstance(evaluation, Tensor) and evaluation.is_floating_point():
-        bad = ~evaluation.isfinite() & ~evaluation.isneginf() | evaluation.isnan()
-        if bool(bad.any()):
-            rows = int(bad.flatten(1).any(1).sum()) if evaluation.dim() > 1 else int(bad.sum())
-            raise ValueError(
-                f"process {name!r}: its network returned NaN or infinity at step t = {t} for "
-                f"{rows} of {evaluation.shape[0]} particles. Check the network's dtype and input "
-                "scale, or clip its estimate (clip_denoised)"
-            )
 
 
 def _blame(execution: Execution, t: int) -> str:

@@ -25,7 +25,7 @@ from jaxtyping import Float64
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
-from smcdiff.laws import CovariantNormal, capacitance
+from smcdiff.laws import CovariantNormal, capacitance, thin_product
 from smcdiff.process import is_deterministic
 
 
@@ -44,7 +44,9 @@ class Covariance:
     def times(self, rows: Tensor) -> Tensor:
         """V a for every row a of ``(particle or 1, n, d)``."""
         product = rows * self.diagonal[:, None, :]
-        return product if self.factor is None else product + (rows @ self.factor) @ self.factor.mT
+        if self.factor is None:
+            return product
+        return product + thin_product(rows @ self.factor, self.factor)
 
     def divide(self, rows: Tensor) -> Tensor:
         """V^{-1} a for every row a of ``(particle, n, d)``."""
@@ -53,7 +55,7 @@ class Covariance:
             return scaled
         small = capacitance(self.diagonal, self.factor)
         inner = torch.cholesky_solve((scaled @ self.factor).mT, small).mT
-        return scaled - inner @ (self.factor / self.diagonal[..., None]).mT
+        return scaled - thin_product(inner, self.factor / self.diagonal[..., None])
 
     def sample(self, batch: int) -> Float64[Tensor, "particle d"]:
         """A draw per particle."""
@@ -61,7 +63,7 @@ class Covariance:
         if self.factor is None:
             return own
         common = torch.randn_like(self.factor[:, :1, :].expand(batch, -1, -1))
-        return own + (common @ self.factor.mT)[:, 0]
+        return own + thin_product(common, self.factor)[:, 0]
 
     def scaled(self, scale: Tensor) -> "Covariance":
         """The covariance of diag(scale) e."""
@@ -143,10 +145,13 @@ def log_normal(
 ) -> tuple[Float64[Tensor, " particle"], Float64[Tensor, "particle y"]]:
     """log N(r; 0, S) and S^{-1} r, for S with shape ``(particle or 1, y, y)``."""
     factor = torch.linalg.cholesky(covariance)
-    white = torch.linalg.solve_triangular(factor, residual[..., None], upper=False)
-    solved = torch.linalg.solve_triangular(factor.mT, white, upper=True)[..., 0]
+    # one covariance for all particles: they are the columns of one right-hand side
+    columns = residual.mT[None] if len(factor) == 1 else residual[..., None]
+    white = torch.linalg.solve_triangular(factor, columns, upper=False)
+    solved = torch.linalg.solve_triangular(factor.mT, white, upper=True)
+    white, solved = (v[0].mT if len(factor) == 1 else v[..., 0] for v in (white, solved))
     constant = 0.5 * residual.shape[-1] * torch.log(torch.tensor(2 * torch.pi)).item()
-    return -0.5 * white.square().sum((-2, -1)) - log_diagonal(factor) - constant, solved
+    return -0.5 * white.square().sum(-1) - log_diagonal(factor) - constant, solved
 
 
 def stack(values: dict[str, Tensor]) -> Float64[Tensor, "particle d"]:
@@ -180,7 +185,7 @@ def _is_gaussian(law: Distribution) -> bool:
 def _covariance(law: Distribution) -> Covariance:
     """The covariance of one law, with its plates stacked."""
     if not isinstance(law, CovariantNormal):
-        return Covariance(law.variance.double().flatten(1))
+        return Covariance(once(law.variance.double().flatten(1)))
     return plated(law.diagonal.double(), law.factor.double())
 
 
@@ -196,7 +201,8 @@ def stack_covariances(parts: list[Covariance]) -> Covariance:
     """Independent blocks side by side."""
     if len(parts) == 1:
         return parts[0]
-    diagonal = torch.cat([p.diagonal for p in parts], -1)
+    size = max(len(p.diagonal if p.factor is None else p.factor) for p in parts)
+    diagonal = torch.cat([p.diagonal.expand(size, -1) for p in parts], -1)
     if all(p.factor is None for p in parts):
         return Covariance(diagonal)
     empty = diagonal.new_zeros(len(diagonal), 1, 1)
@@ -207,11 +213,17 @@ def stack_covariances(parts: list[Covariance]) -> Covariance:
     return Covariance(diagonal, block_diagonal(factors))
 
 
+def once(rows: Tensor) -> Tensor:
+    """The first row alone where all particles have the same."""
+    return rows[:1] if bool((rows == rows[:1]).all()) else rows
+
+
 def block_diagonal(blocks: list[Tensor]) -> Tensor:
-    """Batched block-diagonal matrix of ``(particle, d_i, r_i)`` blocks."""
+    """Batched block-diagonal matrix of ``(particle or 1, d_i, r_i)`` blocks."""
     if len(blocks) == 1:
         return blocks[0]
-    shape = (len(blocks[0]), sum(b.shape[1] for b in blocks), sum(b.shape[2] for b in blocks))
+    size = max(len(b) for b in blocks)
+    shape = (size, sum(b.shape[1] for b in blocks), sum(b.shape[2] for b in blocks))
     out = blocks[0].new_zeros(shape)
     row = column = 0
     for block in blocks:

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
 from smcdiff.dissection import CHECKED, stand_in
 from smcdiff.execution import Execution
 from smcdiff.program import Program
 
-from .linear_gaussian import block_diagonal, stack
+from .linear_gaussian import block_diagonal, once, stack
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,8 @@ def observe(execution: Execution, sites: tuple[str, ...], batch: int) -> Observa
         value = torch.as_tensor(site.value).expand(site.fn.mean.shape)
         means.append(mean)
         residuals.append(_rows(value, execution.batch)[:batch] - mean)
-        noises.append(_noise(site.fn, execution.batch)[:batch])
+        noises.append(_noise(site.fn, execution.batch, batch))
     noise = block_diagonal(noises)
-    if bool((noise == noise[:1]).all()):
-        noise = noise[:1]
     return Observations(torch.cat(means, -1), torch.cat(residuals, -1), noise)
 
 
@@ -105,11 +104,11 @@ def _rows(value: Tensor, batch: int) -> Tensor:
     return value.double().reshape(batch, -1)
 
 
-def _noise(fn: torch.distributions.Distribution, batch: int) -> Tensor:
-    """(particle, y, y)."""
+def _noise(fn: Distribution, rows: int, batch: int) -> Tensor:
+    """Cov[y | x_0] with shape ``(particle or 1, y, y)``."""
     covariance = getattr(fn, "covariance_matrix", None)
     if isinstance(covariance, Tensor) and covariance.shape[-1] == fn.event_shape[-1]:
         full = covariance.double()
-        blocks = full.reshape(batch, -1, *full.shape[-2:])
+        blocks = once(full.reshape(rows, -1, *full.shape[-2:])[:batch])
         return block_diagonal(list(blocks.unbind(1)))
-    return torch.diag_embed(_rows(fn.variance.expand(fn.mean.shape), batch))
+    return torch.diag_embed(once(_rows(fn.variance.expand(fn.mean.shape), rows)[:batch]))

@@ -144,7 +144,8 @@ class TwistedSMC(ParticleMethod):
         covariance: what the twist knows of x_0 given x_t (:class:`DenoisedLikelihood`).
         num_draws: draws of x_0 for sites that are not Gaussian.
         proposal: ``"conjugate"``: shifted, narrowed, with a twisted start; ``"gradient"``: shifted
-            only; ``"kernel"``: the process's own (for rewards without gradients).
+            only; ``"kernel"``: the process's own (for rewards without gradients); ``"auto"``:
+            conjugate where the twist knows the Jacobian, else gradient.
         temper, clip: of the shift (:class:`TwistedKernel`); they never change the target.
     """
 
@@ -154,7 +155,7 @@ class TwistedSMC(ParticleMethod):
         *,
         covariance: CovarianceName = "auto",
         num_draws: int = 8,
-        proposal: str = "conjugate",
+        proposal: str = "auto",
         temper: float = 1.0,
         clip: float | None = None,
         num_particles: int = 256,
@@ -169,17 +170,17 @@ class TwistedSMC(ParticleMethod):
             num_particles, num_runs, ess_threshold, resampler, chunk_size, rejuvenation
         )
         super().__init__(model, settings, per_problem)
-        if proposal not in ("conjugate", "gradient", "kernel"):
+        if proposal not in ("auto", "conjugate", "gradient", "kernel"):
             raise ValueError(
-                f"proposal must be 'conjugate', 'gradient' or 'kernel', but got {proposal!r}"
+                f"proposal must be 'auto', 'conjugate', 'gradient' or 'kernel', got {proposal!r}"
             )
         self.covariance, self.num_draws, self.proposal = covariance, num_draws, proposal
         self.temper, self.clip = temper, clip
 
     def parts(self) -> tuple[Twist, Proposal]:
+        curvature = {"auto": None, "conjugate": True}.get(self.proposal, False)
         steered = self.proposal != "kernel"
-        twist = DenoisedLikelihood(self.covariance, self.num_draws, gradient=steered)
+        twist = DenoisedLikelihood(self.covariance, self.num_draws, steered, curvature)
         if not steered:
             return twist, FromKernel()
-        curved = self.proposal == "conjugate"
-        return twist, TwistedKernel(curved, self.temper, self.clip, twisted_start=curved)
+        return twist, TwistedKernel(temper=self.temper, clip=self.clip)
