@@ -92,6 +92,7 @@ class DenoisedLikelihood(Twist):
         self.mode = self._choose(size)
         self._by_slope = self.mode == "jacobian" or (self.mode == "diagonal" and self.closed)
         self._curved = self._by_slope if self.curvature is None else self.curvature
+        self.offers_start = bool(self.sites) and self._curved
         through_network = bool(followed & set(self.names)) or (self.sites and not self._by_slope)
         self.measures_network = self.mode in ("diagonal", "jacobian") and not self.closed
         self.needs_gradient = bool(self.gradient and through_network) or self.measures_network

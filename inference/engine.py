@@ -11,6 +11,7 @@ it, and then everything that belongs to a particle moves with it.
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -24,7 +25,7 @@ from smcdiff.particles import Calls, Particles, Step, map_tree
 from smcdiff.process import Kernel, Tree, is_deterministic
 from smcdiff.program import Program
 from smcdiff.psis import khat as pareto_khat
-from smcdiff.resampling import resample
+from smcdiff.resampling import check_scheme, resample
 from smcdiff.twist import Twist
 from smcdiff.weights import check_log_weights, effective_sample_size, normalise
 
@@ -64,6 +65,7 @@ class Settings:
             raise ValueError(
                 f"ess_threshold is a share of the particles in [0, 1], but got {self.ess_threshold}"
             )
+        check_scheme(self.resampler)
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(f"chunk_size must be positive or None, but got {self.chunk_size}")
 
@@ -120,6 +122,7 @@ class Engine:
 
     def start(self) -> Particles:
         """Draws latents and x_T, and looks at them."""
+        self._warn_of_flows()
         batch, num_steps = math.prod(self.axes), self.program.num_steps
         laws: dict[str, Distribution] = {}
         draws: dict[str, Tensor] = {}
@@ -143,12 +146,25 @@ class Engine:
             return self.evaluator.kernels(num_steps, x, cache), cache
 
         with torch.no_grad():
-            move = self.proposal.start(Start(laws, draws, latents, self.problems, look))
+            move = self.proposal.start(
+                Start(laws, draws, latents, self.problems, self.twist.offers_start, look)
+            )
         cache = self.evaluator.look(num_steps, move.x, latents, {}, self.problems)
         weights = cache["log_psi"] - log_q
         if move.log_ratio is not None:
             weights = weights + move.log_ratio
         return self._first_state(move.x, latents, cache, weights)
+
+    def _warn_of_flows(self) -> None:
+        processes = self.program.processes
+        if all(process.deterministic for process in processes.values()):
+            warnings.warn(
+                f"no transition of {sorted(processes)} has any variance (eta = 0): SMC then weighs "
+                "nothing but the source x_T, and never resamples, as copies could not part again. "
+                "Take eta > 0 where particles are to be steered",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _first_estimate(self, statement: Statement, x: Tensor, given: dict[str, Tensor]) -> Tensor:
         """What the program is shown as x_0 while its latents are drawn."""

@@ -52,6 +52,7 @@ class Start:
         draws: draws from them.
         latents: the ordinary latents, drawn already.
         problems: the problem of each particle.
+        twisted: whether the cache of a look offers what a twisted start needs.
         look: evaluates reference states at T; returns kernels and cache.
     """
 
@@ -59,6 +60,7 @@ class Start:
     draws: dict[str, Tensor]
     latents: Mapping[str, Tensor]
     problems: Tensor | None
+    twisted: bool
     look: Callable[[dict[str, Tensor]], tuple[dict[str, Kernel], Tree]]
 
 
@@ -135,13 +137,12 @@ class TwistedKernel(Proposal):
     def start(self, start: Start) -> Move:
         laws = {n: start.laws[n] for n in self.names}
         covariance = law_covariance(laws)
-        if not self.twisted_start or not self.curvature or covariance is None:
+        wanted = self.twisted_start and self.curvature and start.twisted
+        if not wanted or covariance is None:
             return Move(start.draws)
         reference = {n: laws[n].mean if n in laws else x for n, x in start.draws.items()}
         _, cache = start.look(reference)
         twist = cache["twist"]
-        if "start_slope" not in twist:
-            return Move(start.draws)
         slope, noise = twist["start_slope"], twist["start_noise"]
         spread = covariance.times(slope)
         factor = torch.linalg.cholesky(noise + slope @ spread.mT)

@@ -74,6 +74,7 @@ class Tempered(Twist):
         self.needs_gradient = self.twist.needs_gradient
         self.needs_program_gradient = self.twist.needs_program_gradient
         self.measures_network = self.twist.measures_network
+        self.offers_start = self.twist.offers_start
 
     @property
     def num_draws(self) -> int:

@@ -116,11 +116,13 @@ class Twist(ABC):
         needs_gradient: whether ``View.x`` must be tracked by autograd, through the networks.
         needs_program_gradient: whether ``View.execution.states`` must be, through the program
         alone.
+        offers_start: whether its cache at T has what a twisted start needs.
         measures_network: whether log psi itself is made of derivatives of the network.
     """
 
     needs_gradient: bool = False
     needs_program_gradient: bool = False
+    offers_start: bool = False
     measures_network: bool = False
 
     def prepare(self, program: Program) -> None:
