@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from smcdiff.laws import thin_product
+
 from .denoisers import Denoiser, GaussianDenoiser, MixtureDenoiser
 
 
@@ -32,7 +34,10 @@ def low_rank_covariance(
     center = weights[..., None, :] @ parts.means
     offsets = (parts.means - center) * weights.sqrt()[..., None]
     wide = offsets.shape[-2] > offsets.shape[-1]
-    return weights @ covariances, _square_root(offsets.mT @ offsets) if wide else offsets.mT
+    if not wide:
+        return weights @ covariances, offsets.mT
+    fine = offsets.double()
+    return weights @ covariances, _square_root(fine.mT @ fine).to(x.dtype)
 
 
 def _shared(
@@ -44,19 +49,20 @@ def _shared(
     """
     variance = denoiser.covariances.item()
     keep = sigma**2 / (alpha**2 * variance + sigma**2)
-    weights = denoiser.responsibilities(x, alpha, sigma).to(x.dtype)
-    offsets = denoiser.means - denoiser.means.mean(0)
+    weights = denoiser.responsibilities(x, alpha, sigma)
+    offsets = denoiser.means.double() - denoiser.means.double().mean(0)
     _, sizes, rows = torch.linalg.svd(offsets, full_matrices=False)
     basis = rows[sizes > 1e-10 * sizes.max().clamp(min=1e-300)].mT
     points = keep * offsets @ basis
     spread = (points - (weights @ points)[..., None, :]) * weights.sqrt()[..., None]
-    factor = basis @ _square_root(spread.mT @ spread)
+    root = _square_root(spread.mT @ spread)
+    factor = thin_product(root.mT, basis).mT.to(x.dtype)
     diagonal = x.new_full(x.shape, keep * variance)
     return diagonal, factor if factor.shape[-1] else diagonal.new_zeros(*x.shape, 1)
 
 
 def _square_root(gram: Tensor) -> Tensor:
-    """L with L L' = gram, up to a relative 1e-12 that keeps it positive definite."""
+    """L with L L' = gram, up to a relative 1e-12 that keeps it positive definite in float64."""
     size = gram.shape[-1]
     jitter = 1e-12 * gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0) + 1e-30
     eye = torch.eye(size, dtype=gram.dtype, device=gram.device)
