@@ -44,6 +44,11 @@ class GuidedProposal(Proposal):
                 f"the guide's process sites {sorted(offered)} do not match the model's "
                 f"{sorted(wanted)}: a guide declares a process for each, with the same name"
             )
+        if wanted != offered:
+            raise ValueError(
+                f"the guide's processes have event shapes {offered}, the model's {wanted}: a guide "
+                "proposes the model's own states"
+            )
         if self.program.num_steps != program.num_steps:
             raise ValueError(
                 f"the guide has {self.program.num_steps} steps and the model {program.num_steps}: "
@@ -158,8 +163,13 @@ class GuidedProposal(Proposal):
         return members
 
 
-def _members(program: Program) -> list[str]:
-    return [m for name, process in program.processes.items() for m in process.members(name)]
+def _members(program: Program) -> dict[str, tuple[int, ...]]:
+    """The event shapes by site."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, process in program.processes.items():
+        parts = process.split(name, torch.zeros(process.event_shape))
+        shapes |= {member: tuple(part.shape) for member, part in parts.items()}
+    return shapes
 
 
 def _at_start(statement: Statement) -> Tensor:

@@ -39,6 +39,10 @@ class Chain(Process):
         self.num_steps = first.num_steps + self.border
         self.event_shape = second.event_shape
 
+    @property
+    def deterministic(self) -> bool:
+        return self.link is None and self.first.deterministic and self.second.deterministic
+
     def shape_at(self, t: int) -> Size:
         if t > self.second.num_steps:
             return self.first.shape_at(t - self.border)

@@ -52,6 +52,10 @@ class Controlled(Process):
     def closed_form(self) -> bool:
         return self.base.closed_form
 
+    @property
+    def deterministic(self) -> bool:
+        return self.base.deterministic
+
     def shape_at(self, t: int) -> Size:
         return self.base.shape_at(t)
 

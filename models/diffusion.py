@@ -77,7 +77,7 @@ class Diffusion(Process):
         self.parameterization, self.clip_denoised = parameterization, clip_denoised
         self.source, self.context_dims = source, dict(context_dims or {})
         self.event_shape = _event_shape(network, event_shape)
-        self._check(parameterization, variance, eta)
+        self._check(parameterization, variance, eta, source)
         self.grid: Grid = (schedule or VariancePreserving()).grid(num_steps)
         self.scale = _scale(network) if scale is None else scale
         self.dtype, self.device, self.network_dtype = _place(network)
@@ -88,6 +88,10 @@ class Diffusion(Process):
     @property
     def closed_form(self) -> bool:
         return isinstance(self.network, Denoiser)
+
+    @property
+    def deterministic(self) -> bool:
+        return self.eta == 0 and self.variance == "small"
 
     def initial(self, **context: Any) -> Distribution:
         if self.source is not None:
@@ -218,7 +222,9 @@ class Diffusion(Process):
 
     # -------------------------------------------------------------------------------- bad input
 
-    def _check(self, parameterization: str, variance: str, eta: float) -> None:
+    def _check(
+        self, parameterization: str, variance: str, eta: float, source: Distribution | None
+    ) -> None:
         if parameterization not in ("epsilon", "x0", "v", "score"):
             raise ValueError(
                 "parameterization must be 'epsilon', 'x0', 'v' or 'score', got "
@@ -236,6 +242,11 @@ class Diffusion(Process):
                 "variance='exact' needs Cov[x_0 | x_t], which an exact denoiser knows and a "
                 "network does not: use 'small', 'large' or 'learned'"
             )
+        if source is not None and source.event_shape != self.event_shape:
+            raise ValueError(
+                f"the source has event shape {tuple(source.event_shape)}, but event_shape="
+                f"{tuple(self.event_shape)} is needed: declare event dimensions with .to_event"
+            )
         if variance == "mixture" and not isinstance(self.network, MixtureDenoiser):
             raise ValueError("variance='mixture' is the exact kernel of a MixtureDenoiser only")
 
@@ -247,6 +258,12 @@ class Diffusion(Process):
             )
 
     def _check_output(self, out: Tensor, batch: Size) -> Tensor:
+        if not isinstance(out, Tensor) or not out.is_floating_point():
+            got = f"dtype {out.dtype}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+            raise ValueError(
+                f"the network returned {got}, but a tensor of floating-point numbers is needed: "
+                "wrap it, as in lambda x, time: network(x, time).sample"
+            )
         channels = 2 if self.variance == "learned" else 1
         wanted = (channels * self.event_shape[0], *self.event_shape[1:])
         if tuple(out.shape) != (batch.numel(), *wanted):

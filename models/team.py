@@ -49,6 +49,10 @@ class Team(Process):
     def closed_form(self) -> bool:
         return all(agent.closed_form for agent in self.agents.values())
 
+    @property
+    def deterministic(self) -> bool:
+        return all(agent.deterministic for agent in self.agents.values())
+
     def initial(self, **context: Any) -> Distribution:
         return self._join_laws([a.initial(**context) for a in self.agents.values()], "x_T")
 

@@ -8,8 +8,8 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
-from .execution import Execution, Statement
-from .process import Process, is_deterministic
+from .execution import Execution, Site, Statement
+from .process import Process, check_finite, is_deterministic
 
 CHECKED = 3  # particles in the runs that take a program apart
 Rerun = Callable[[Mapping[str, Tensor]], Execution]
@@ -45,6 +45,41 @@ class Likelihood:
     kind: str
     gaussian: bool
     parents: frozenset[str] = frozenset()
+
+
+def check_observations(prototype: Execution) -> None:
+    """Observed values must fit their laws in shape, lie where the states lie, and be numbers."""
+    devices = {x.device for x in prototype.states.values()}
+    for site in prototype.sites.values():
+        if site.kind != "observed" or not isinstance(site.value, Tensor):
+            continue
+        _check_shape(site, site.value)
+        if site.value.dim() and site.value.device not in devices:
+            raise ValueError(
+                f"site {site.name!r}: the observation lies on device {str(site.value.device)!r}, "
+                f"but the processes on {sorted(map(str, devices))}: move it with .to(device)"
+            )
+        bad = int((~site.value.isfinite()).sum())
+        if bad and site.mask is None:
+            raise ValueError(
+                f"site {site.name!r}: {bad} of {site.value.numel()} observed values are NaN or "
+                "infinite: leave them out, as in x[..., seen], or hide them with poutine.mask"
+            )
+
+
+def _check_shape(site: Site, value: Tensor) -> None:
+    batch, event = tuple(site.fn.batch_shape), tuple(site.fn.event_shape)
+    cut = value.dim() - len(event)
+    try:
+        fits = cut >= 0 and tuple(value.shape[cut:]) == event
+        fits = fits and tuple(torch.broadcast_shapes(value.shape[:cut], batch)) == batch
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"site {site.name!r}: the law has event shape {event}, but the observation has shape "
+            f"{tuple(value.shape)}: give one event of shape {event} (per plate)"
+        )
 
 
 def check_particles_apart(rerun: Rerun, together: Execution) -> None:
@@ -100,15 +135,17 @@ def find_dependencies(
 
 def stand_in(statement: Statement) -> Tensor:
     """A plausible x_0: one network call at x_T and a draw from what it says about the data."""
-    process, context = statement.process, statement.context
+    process, context, last = statement.process, statement.context, statement.process.num_steps
     x = draw(process.initial(**context), statement.batch)
-    shape = tuple(process.shape_at(process.num_steps))
+    shape = tuple(process.shape_at(last))
     if tuple(x.shape[len(statement.batch) :]) != shape:
         raise ValueError(
             f"process {statement.name!r} starts with shape {tuple(x.shape)}, which does not end in "
             f"its event shape {shape}"
         )
-    return process.kernel(x, process.num_steps, **context).denoised.sample()
+    evaluation = process.evaluate(x, last, **context)
+    check_finite(statement.name, last, evaluation)
+    return process.kernel(x, last, evaluation, **context).denoised.sample()
 
 
 def draw(law: Distribution, batch: tuple[int, ...]) -> Tensor:

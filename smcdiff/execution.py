@@ -75,6 +75,10 @@ class Site:
         return plain and not self.deterministic and isinstance(_base(self.fn), laws)
 
 
+class Refused(ValueError):
+    """What the interpreter itself refuses, with the site's name: needs no further explanation."""
+
+
 class Interpreter(Messenger):
     """Gives every process and latent a value and records all other statements.
 
@@ -98,14 +102,15 @@ class Interpreter(Messenger):
         """Runs the model; errors name the last site that was reached."""
         try:
             model(*args, **kwargs)
-        except (RuntimeError, IndexError, AssertionError) as error:
+        except (Refused, torch.cuda.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             shape = (
                 "without a particle axis" if self.batch is None else f"on {self.batch} particles"
             )
             raise ValueError(
-                f"the program failed after site {self.last!r} when run {shape}: {error}. Under "
-                "inference values have the shape (particle, *plates, *event): index from the "
-                "right, as in x[..., mask]"
+                f"the program failed at or after site {self.last!r} when run {shape}: {error}. "
+                f"{_advice(error)}"
             ) from error
 
     def execution(self, max_plate_nesting: int) -> "Execution":
@@ -116,15 +121,26 @@ class Interpreter(Messenger):
     def _pyro_process(self, msg: Any) -> None:
         process, name, context = msg["args"]
         if name in self.statements:
-            raise ValueError(f"two processes are called {name!r}: give each its own name")
+            raise Refused(f"two processes are called {name!r}: give each its own name")
         _refuse_conditions(process, name)
         _refuse_subsampling(name, msg["cond_indep_stack"])
         batch = _batch_shape(msg["cond_indep_stack"])
         statement = Statement(name, process, context, msg["cond_indep_stack"], batch)
         self.last = name
         self.statements[name] = statement
-        msg["value"] = self.states[name] = self.state(statement)
+        msg["value"] = self.states[name] = self._ask(statement)
         msg["done"] = True
+
+    def _ask(self, statement: Statement) -> Tensor:
+        """The state of a process; what goes wrong in its network carries its name."""
+        try:
+            return self.state(statement)
+        except (Refused, torch.cuda.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            named = f"process {statement.name!r}"
+            message = str(error) if str(error).startswith(named) else f"{named}: {error}"
+            raise Refused(message) from error
 
     def _pyro_sample(self, msg: Any) -> None:
         self.last = msg["name"]
@@ -137,7 +153,7 @@ class Interpreter(Messenger):
         name, frames = msg["name"], msg["cond_indep_stack"]
         if name in self.sites or name in self.statements:
             if not msg["infer"].get("_deterministic"):
-                raise ValueError(f"two sites are called {name!r}: give each its own name")
+                raise Refused(f"two sites are called {name!r}: give each its own name")
         _refuse_subsampling(name, frames)
         observed, scale, mask = msg["is_observed"], msg["scale"], msg["mask"]
         deterministic = bool(msg["infer"].get("_deterministic"))
@@ -226,6 +242,18 @@ class Execution:
         )
 
 
+def _advice(error: Exception) -> str:
+    if "numpy()" in str(error):
+        return (
+            "A reward that is computed with NumPy has no gradient: write it in torch, or use a "
+            "twist without gradients, as in TwistedSMC(..., proposal='kernel')"
+        )
+    return (
+        "Under inference values have the shape (particle, *plates, *event): index from the right, "
+        "as in x[..., mask], and declare events with .to_event and plates with pyro.plate"
+    )
+
+
 def _base(fn: Any) -> Any:
     while isinstance(fn, torch.distributions.Independent | dist.ExpandedDistribution):
         fn = fn.base_dist
@@ -251,7 +279,7 @@ def _refuse_conditions(process: Process, name: str) -> None:
             sites = {s for m in process.members(name) for s in (m, *_steps(m, process.num_steps))}
             found = sorted(s for s in sites if s in frame.data)
             if found:
-                raise ValueError(
+                raise Refused(
                     f"site {found[0]!r} of process {name!r} is conditioned, which inference cannot "
                     "honour: observe x_0 through a likelihood, as in pyro.sample('y', Normal(x, "
                     "scale), obs=y)"
@@ -265,7 +293,7 @@ def _steps(name: str, num_steps: int) -> list[str]:
 def _refuse_subsampling(name: str, frames: Frames) -> None:
     for frame in frames:
         if frame.full_size is not None and frame.full_size != frame.size:
-            raise ValueError(
+            raise Refused(
                 f"site {name!r} lies in plate {frame.name!r}, which subsamples {frame.size} of "
                 f"{frame.full_size}: particle weights need all data, so drop subsample_size"
             )

@@ -103,6 +103,11 @@ class Process(ABC):
     def kernel(self, x: Tensor, t: int, evaluation: Tree = None, **context: Any) -> Kernel:
         """The transition out of ``x``, a function of ``evaluation`` (made here if None)."""
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether no transition has any variance: a flow of its source."""
+        return False
+
     def signal(self, t: int) -> Signal | None:
         """Noise levels and scalar denoiser statistics at t; None where x_t is not a noised x_0."""
         return None
@@ -191,6 +196,21 @@ def _sample(name: str, law: Distribution) -> Tensor:
 def is_deterministic(law: Distribution) -> bool:
     """Whether a transition has no variance (and therefore no density)."""
     return isinstance(law, Delta)
+
+
+def check_finite(name: str, t: int, evaluation: Tree) -> None:
+    """Refuses NaN and +inf in what a network returned (-inf is the log 0 of discrete logits)."""
+    if isinstance(evaluation, dict):
+        for key, part in evaluation.items():
+            check_finite(f"{name}[{key}]" if len(evaluation) > 1 else name, t, part)
+    elif isinstance(evaluation, Tensor) and evaluation.is_floating_point():
+        bad = evaluation.isnan() | evaluation.isposinf()
+        if bool(bad.any()):
+            raise ValueError(
+                f"process {name!r}: its network returned NaN or infinity at step t = {t} "
+                f"({int(bad.sum())} of {bad.numel()} numbers). Check the network's dtype and input "
+                "scale, or clip its estimate (clip_denoised)"
+            )
 
 
 def flatten_batch(x: Tensor, event_dim: int) -> Tensor:

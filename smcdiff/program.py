@@ -26,6 +26,7 @@ from torch import Tensor
 from .dissection import (
     CHECKED,
     Source,
+    check_observations,
     check_particles_apart,
     find_dependencies,
     stand_in,
@@ -63,7 +64,7 @@ class Program:
         self._plates_to_insert: dict[str, int] = {}
         self.max_plate_nesting = 0
         prototype = self._prototype()
-        self._check_observations(prototype)
+        check_observations(prototype)
         self.processes = {s.name: s.process for s in prototype.statements.values()}
         self.num_steps = self._common_steps()
         with torch.no_grad():
@@ -217,18 +218,6 @@ class Program:
                 f"{steps}: build them on grids of the same length"
             )
         return next(iter(steps.values()))
-
-    @staticmethod
-    def _check_observations(prototype: Execution) -> None:
-        for site in prototype.sites.values():
-            shape = tuple(getattr(site.fn, "event_shape", ()))
-            if site.observed and site.event_dim and isinstance(site.value, Tensor):
-                if tuple(site.value.shape[-site.event_dim :]) != shape:
-                    raise ValueError(
-                        f"site {site.name!r}: the law has event shape {shape}, but the observation "
-                        f"has shape {tuple(site.value.shape)}: give one event of shape {shape} "
-                        "(per plate)"
-                    )
 
     def _refuse_nested_processes(self) -> None:
         for name in self.processes:
