@@ -38,7 +38,7 @@ def plot_steps(
     Dots mark weights that were resampled.
     """
     at, d = choose(posterior, problem)
-    figure = fig or new_figure(7, 5)
+    figure = fig or new_figure(7.0, 5.0)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     _effective_sizes(above, posterior, at)
     _khats(below, posterior, at)
@@ -103,7 +103,7 @@ def plot_evidence(
     """
     at, _ = choose(posterior, problem)
     evidence = posterior.evidence
-    ax = ax or new_figure(7, 3.8).subplots()
+    ax = ax or new_figure(7.0, 3.8).subplots()
     times = [step.t for step in posterior.history]
     lines = torch.stack([step.log_evidence[at] for step in posterior.history], -1).cpu()
     for run, color in enumerate(_colors(len(lines))):
@@ -181,7 +181,7 @@ def plot_genealogy(
     from matplotlib.collections import LineCollection
 
     at, _ = choose(posterior, problem)
-    ax = ax or new_figure(7, 4.2).subplots()
+    ax = ax or new_figure(7.0, 4.2).subplots()
     times = [step.t for step in posterior.history]
     paths = lineages(posterior, (*at, run))
     order = sorted(range(paths.shape[1]), key=lambda i: paths[:, i].tolist())
