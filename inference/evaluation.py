@@ -78,7 +78,6 @@ class Evaluator:
         keeps_draws: whether the noise behind the draws of x_0 is cached, for :meth:`look`
         ``again``.
         calls: evaluations since :meth:`take_calls`, one per particle.
-        shared_context: the context entries that all particles share, by process.
     """
 
     program: Program
@@ -87,7 +86,6 @@ class Evaluator:
     chunk_size: int | None = None
     keeps_draws: bool = False
     calls: Calls = field(default_factory=Calls)
-    shared_context: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def look(
         self,
@@ -154,13 +152,13 @@ class Evaluator:
 
     def kernels(self, t: int, x: Mapping[str, Tensor], cache: Tree) -> dict[str, Kernel]:
         """The transitions out of ``x``, rebuilt from the cache without a network call."""
+        kernels = {}
         with torch.no_grad():
-            return {
-                n: self.program.processes[n].kernel(
-                    x[n], t, cache["evaluation"][n], **self.shared_context[n], **cache["context"][n]
-                )
-                for n in x
-            }
+            for name, process in self.program.processes.items():
+                shared = self.program.sources[name].shared_context
+                context = {**shared, **cache["context"][name]}
+                kernels[name] = process.kernel(x[name], t, cache["evaluation"][name], **context)
+        return kernels
 
     def take_calls(self) -> Calls:
         """The calls since the last time this was asked."""
@@ -252,10 +250,9 @@ class Evaluator:
 
     def _context(self, statement: Statement, batch: int) -> dict[str, Any]:
         """The context of the particles themselves (not of the repeated estimates)."""
-        moving = self.program.sources[statement.name].particle_context
-        shared = {k: v for k, v in statement.context.items() if k not in moving}
-        self.shared_context[statement.name] = shared
-        return {**shared, **{k: statement.context[k][:batch] for k in moving}}
+        source = self.program.sources[statement.name]
+        own = {k: statement.context[k][:batch] for k in source.particle_context}
+        return {**source.shared_context, **own}
 
     def _cache(self, view: View, value: TwistValue, extra: Tree) -> dict[str, Tree]:
         log_psi = self._with_upstream(view, value.log_psi).detach()

@@ -32,7 +32,6 @@ class GuidedProposal(Proposal):
 
     def __init__(self, guide: Callable[..., Any]) -> None:
         self.guide = guide
-        self._shared_context: dict[str, dict[str, Any]] = {}
 
     def prepare(self, program: Program) -> None:
         """Takes the guide apart and matches its sites with the model's."""
@@ -103,9 +102,6 @@ class GuidedProposal(Proposal):
                 evaluations[name] = process.extend(shared, x, view.t, **statement.context)
             moving = self.program.sources[name].particle_context
             contexts[name] = {k: statement.context[k] for k in moving}
-            self._shared_context[name] = {
-                k: v for k, v in statement.context.items() if k not in moving
-            }
             return placeholder(statement, x)
 
         latents = {n: view.latents[n] for n in self.program.latents}
@@ -117,7 +113,7 @@ class GuidedProposal(Proposal):
         laws = {}
         for name, process in self.program.processes.items():
             joined = process.join(name, {m: members[m] for m in process.members(name)})
-            context = {**self._shared_context[name], **own["context"][name]}
+            context = {**self.program.sources[name].shared_context, **own["context"][name]}
             laws[name] = process.kernel(joined, t, own["evaluation"][name], **context).law
         draws = {}
         for name, law in laws.items():

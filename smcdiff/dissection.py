@@ -1,7 +1,7 @@
 """Taking programs apart: who depends on whom, found by running them on three particles."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Source:
         parents: the sources that its law (or context) depends on, given all other sources.
         support: the constraint that an ordinary latent's values satisfy.
         particle_context: the context entries that vary by particle (processes only).
+        shared_context: the context entries that all particles share, and their values.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Source:
     parents: frozenset[str] = frozenset()
     support: Any = None
     particle_context: frozenset[str] = frozenset()
+    shared_context: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def check_observations(prototype: Execution) -> None:
         if bad and site.mask is None:
             raise ValueError(
                 f"site {site.name!r}: {bad} of {site.value.numel()} observed values are NaN or "
-                "infinite: leave them out, as in x[..., seen], or hide them with poutine.mask"
+                "infinite: leave them out, as in x[..., seen]"
             )
 
 
@@ -115,13 +117,15 @@ def find_dependencies(
     single = rerun({n: v[:1] for n, v in values.items()})
     sources: dict[str, Source] = {}
     for name, statement in base.statements.items():
+        moving = base.particle_context(name, single)
         sources[name] = Source(
             name,
             statement.process,
             event_dim=len(statement.process.event_shape),
             discrete=not values[name].is_floating_point(),
             parents=frozenset(parents[name]),
-            particle_context=base.particle_context(name, single),
+            particle_context=moving,
+            shared_context={k: v for k, v in statement.context.items() if k not in moving},
         )
     likelihoods: dict[str, Likelihood] = {}
     for name, site in base.sites.items():
