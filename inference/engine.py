@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float64
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
@@ -46,7 +47,7 @@ class Settings:
         resampler: a name of ``smcdiff.resampling.RESAMPLERS``.
         chunk_size: how many particles to evaluate at once (None: all). Bounds memory, changes
         nothing.
-        rejuvenation: moves the ordinary latents after resampling.
+        rejuvenation: moves the ordinary latents on the way.
     """
 
     num_particles: int = 256
@@ -217,8 +218,10 @@ class Engine:
             drawn = resample(state.log_weights, self.settings.resampler)
             ancestors = torch.where(where[..., None], drawn, ancestors)
             state = state.select(ancestors, where)
-            if self.settings.rejuvenation is not None:
-                state, acceptance = self._rejuvenate(state, where)
+        moves = self.settings.rejuvenation
+        if moves is not None and t % moves.every == 0:
+            state, acceptance = self._rejuvenate(state, moves)
+        if bool(where.any()) or moves is not None:
             x, cache = self._flatten(state.x), self._flatten(state.cache)
             kernels = self.evaluator.kernels(t, x, cache)
         state = self._advance(state, x, kernels, cache)
@@ -251,22 +254,16 @@ class Engine:
             log_weights=log_weights,
         )
 
-    def _rejuvenate(self, state: Particles, where: Tensor) -> tuple[Particles, Tensor]:
-        """Moves the latents of the runs that were just resampled."""
-        assert self.settings.rejuvenation is not None
-        chosen = where[..., None].expand(self.axes).reshape(-1)
-        latents, cache, accepted = self.settings.rejuvenation.move(
-            self.evaluator,
-            state.t,
-            self._flatten(state.x),
-            self._flatten(state.latents),
-            self._flatten(state.cache),
-            self.problems,
-            chosen,
+    def _rejuvenate(
+        self, state: Particles, moves: Rejuvenation
+    ) -> tuple[Particles, Float64[Tensor, "*runs"]]:
+        """Moves the latents of all runs."""
+        x, latents, cache = (self._flatten(v) for v in (state.x, state.latents, state.cache))
+        latents, cache, accepted = moves.move(
+            self.evaluator, state.t, x, latents, cache, self.problems
         )
-        rate = accepted.reshape(self.axes).mean(-1)
         state = replace(state, latents=self._unflatten(latents), cache=self._unflatten(cache))
-        return state, torch.where(where, rate, math.nan)
+        return state, accepted.reshape(self.axes).mean(-1)
 
     # ---------------------------------------------------------------------------------- records
 

@@ -1,11 +1,15 @@
 r"""Moves of ordinary latents that leave the current target invariant.
 
-After resampling, particles share ancestors and so share latents. A Metropolis-Hastings move of a
-latent z at fixed x_t, with target :math:`p(z)\,\psi_t(x_t, z)`, makes them differ again and
-changes no
-weight. It is valid only if no process context depends on z: otherwise z has shaped the path that
-led
-to x_t, and the target would be the law of that whole path.
+Particles that share ancestors share latents. A Metropolis-Hastings move of a latent z at fixed
+x_t, with
+target :math:`p(z)\,\psi_t(x_t, z)`, makes them differ again and changes no weight. It is valid
+only if
+no process context depends on z: otherwise z has shaped the path that led to x_t, and the target
+would
+be the law of that whole path.
+
+All runs move at the same, fixed steps. Moving only the runs that were just resampled would let the
+particles decide whether they move, and bias the evidence.
 """
 
 from collections.abc import Sequence
@@ -30,19 +34,21 @@ class Rejuvenation:
         kind: ``"random_walk"``, or ``"mala"`` (a Langevin step of the log target's gradient).
         names: the latents to move (None: every continuous one that feeds no process).
         step_size: the standard deviation of a move.
-        num_moves: moves after each resampling.
+        num_moves: moves at a time.
+        every: the steps from one time to the next.
     """
 
     kind: Literal["random_walk", "mala"] = "random_walk"
     names: Sequence[str] | None = None
     step_size: float = 0.3
     num_moves: int = 1
+    every: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in ("random_walk", "mala"):
             raise ValueError(f"kind must be 'random_walk' or 'mala', but got {self.kind!r}")
-        if not self.step_size > 0 or self.num_moves < 1:
-            raise ValueError("step_size and num_moves must be positive")
+        if not self.step_size > 0 or self.num_moves < 1 or self.every < 1:
+            raise ValueError("step_size, num_moves and every must be positive")
 
     def prepare(self, program: Program) -> None:
         feeding = set().union(*(program.sources[n].parents for n in program.processes))
@@ -73,16 +79,15 @@ class Rejuvenation:
         latents: dict[str, Tensor],
         cache: Tree,
         problems: Tensor | None,
-        where: Tensor,
     ) -> tuple[dict[str, Tensor], Tree, Tensor]:
-        """Moves the latents of the particles in ``where``.
+        """Moves the latents of all particles.
 
         Returns:
             the latents, the cache (with log-twists of the new latents) and who accepted how often.
         """
         _check_target(cache)
         around = Surroundings(evaluator, t, x, latents, cache, problems)
-        accepted = torch.zeros(len(where), dtype=torch.float64, device=where.device)
+        accepted = torch.zeros_like(cache["log_psi"])
         free = {n: f.inv(latents[n]) for n, f in self._transforms.items()}
         for _ in range(self.num_moves):
             before = cache["log_psi"] + self._log_jacobian(free)
@@ -90,7 +95,7 @@ class Rejuvenation:
             values = {n: self._transforms[n](u) for n, u in proposal.items()}
             looked = around.look(values)
             log_accept = looked["log_psi"] + self._log_jacobian(proposal) - before + log_ratio
-            accept = where & (torch.rand_like(log_accept).log() < log_accept)
+            accept = torch.rand_like(log_accept).log() < log_accept
             accepted += accept.double() / self.num_moves
             free = {n: _where(accept, proposal[n], free[n]) for n in free}
             latents = {**latents, **{n: _where(accept, values[n], latents[n]) for n in values}}
