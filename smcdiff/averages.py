@@ -6,8 +6,7 @@ With :math:`W_{r,i}` the weights of all runs r and particles i of a problem, add
           \mathrm{se}^2 = \frac{G}{G - 1} \sum_g
                           \Big(\sum_{(r,i) \in g} W_{r,i} (f_{r,i} - \hat\mu)\Big)^2,
 
-where the G groups g share nothing: they are the runs or, of a single run, the particles with one
-root.
+where the G groups g share nothing: particles of one run with one root, N R groups at the start.
 """
 
 import math
@@ -20,6 +19,8 @@ from torch import Tensor
 from .resampling import RESAMPLERS
 from .weights import check_log_weights, normalise
 
+FEWEST = 2.0  # effective roots, below which their scatter says nothing
+
 
 @dataclass(frozen=True)
 class Expectation:
@@ -27,10 +28,10 @@ class Expectation:
 
     Attributes:
         mean, sd: of the posterior, with shape ``(*problems, *quantity)``.
-        standard_error: the Monte Carlo error of the mean, with the same shape. From the runs or, of
-            one run, from the shares of its roots (then no less than the truth, as
-            :func:`~smcdiff.evidence.relative_variance`); nan for one particle. It knows nothing of
-            what no particle has seen.
+        standard_error: the Monte Carlo error of the mean, with the same shape; on average no less
+            than the truth (as :func:`~smcdiff.evidence.relative_variance`). nan where fewer than
+            two roots (an effective number) carry the weight. What no particle has met, it does not
+            know.
     """
 
     mean: Float64[Tensor, "*quantity"]
@@ -65,22 +66,23 @@ def expectation(
     mean = (weights[..., None] * flat).sum((-3, -2), keepdim=True)
     offsets = flat - mean
     variance = (weights[..., None] * offsets.square()).sum((-3, -2))
-    error = _standard_error(weights[..., None] * offsets, roots)
+    error = _standard_error(weights[..., None] * offsets, weights, roots)
     parts = mean[..., 0, 0, :], variance.sqrt(), error
     return Expectation(*(part.reshape(shape) for part in parts))
 
 
 def _standard_error(
     shares: Float64[Tensor, "*problems run particle k"],
+    weights: Float64[Tensor, "*problems run particle"],
     roots: Int64[Tensor, "*problems run particle"],
 ) -> Float64[Tensor, "*problems k"]:
-    groups = shares.sum(-2)
-    if shares.shape[-3] == 1:
-        index = roots[..., None].expand(shares.shape)
-        groups = torch.zeros_like(shares).scatter_add(-2, index, shares)[..., 0, :, :]
+    index = roots[..., None].expand(shares.shape)
+    groups = torch.zeros_like(shares).scatter_add(-2, index, shares).flatten(-3, -2)
+    carried = torch.zeros_like(weights).scatter_add(-1, roots, weights).flatten(-2)
+    effective = 1 / carried.square().sum(-1, keepdim=True)
     count = groups.shape[-2]
-    growth = count / (count - 1) if count > 1 else math.nan
-    return (groups.square().sum(-2) * growth).sqrt()
+    error = (groups.square().sum(-2) * (count / max(count - 1, 1))).sqrt()
+    return torch.where(effective < FEWEST, math.nan, error)
 
 
 def draw(

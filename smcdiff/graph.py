@@ -81,7 +81,7 @@ def plot_graph(program: Program, *, ax: "Axes | None" = None) -> "Figure":
     for depth, layer in enumerate(places):
         for i, name in enumerate(layer):
             x = (i + 0.5) / len(layer)
-            boxes[name] = _draw_node(ax, x, -depth, name, graph.nodes[name])
+            boxes[name] = _draw_node(ax, x, -float(depth), name, graph.nodes[name])
     depths = {name: depth for depth, layer in enumerate(places) for name in layer}
     for parent, child in graph.edges:
         ends = {"patchA": boxes[parent].get_bbox_patch(), "patchB": boxes[child].get_bbox_patch()}
