@@ -9,7 +9,8 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor
 
 from .execution import Execution, Site, Statement
-from .process import Process, check_finite, is_deterministic
+from .particles import flatten_tree
+from .process import Process, Tree, check_finite, is_deterministic
 
 CHECKED = 3  # particles in the runs that take a program apart
 Rerun = Callable[[Mapping[str, Tensor]], Execution]
@@ -102,6 +103,28 @@ def check_particles_apart(rerun: Rerun, together: Execution) -> None:
                 )
 
 
+def check_networks_apart(together: Execution) -> None:
+    """What a network says of one particle must not change when the others are at other states."""
+    for name, statement in together.statements.items():
+        process, context, t = statement.process, statement.context, statement.process.num_steps
+        x = draw(process.initial(**context), statement.batch)
+        moved = torch.cat([x[:1], _other_value(x[1:], 1.0)])
+        before, after = (_first_row(process.evaluate(v, t, **context)) for v in (x, moved))
+        for key, row in before.items():
+            scale = float(torch.nan_to_num(row, neginf=0.0).abs().max())
+            if not torch.isclose(row, after[key], rtol=1e-3, atol=1e-3 * scale).all():
+                raise ValueError(
+                    f"process {name!r}: its network mixes particles, or is random: the output for "
+                    "one of them changed when the others did. Batch normalisation and dropout do "
+                    "so in training mode (train=True); reduce over event dimensions only"
+                )
+
+
+def _first_row(tree: Tree) -> dict[str, Tensor]:
+    leaves, _ = flatten_tree(tree)
+    return {key: leaf[0].float() for key, leaf in leaves.items()}
+
+
 def find_dependencies(
     rerun: Rerun, base: Execution
 ) -> tuple[dict[str, Source], dict[str, Likelihood]]:
@@ -166,6 +189,6 @@ def placeholder(statement: Statement, x: Tensor) -> Tensor:
     return x if x.is_floating_point() and x.shape == shape else x.new_zeros(shape)
 
 
-def _other_value(value: Tensor) -> Tensor:
+def _other_value(value: Tensor, by: float = 1e-2) -> Tensor:
     """Another value of a source whose particles coincide (a small discrete support, say)."""
-    return value + 1e-2 if value.is_floating_point() else 1 - value.clamp(0, 1)
+    return value + by if value.is_floating_point() else 1 - value.clamp(0, 1)

@@ -26,6 +26,7 @@ from torch import Tensor
 from .dissection import (
     CHECKED,
     Source,
+    check_networks_apart,
     check_observations,
     check_particles_apart,
     find_dependencies,
@@ -70,6 +71,7 @@ class Program:
         with torch.no_grad():
             together = self.execute(stand_in, {}, CHECKED)
             check_particles_apart(self.rerun, together)
+            check_networks_apart(together)
             self.sources, self.likelihoods = find_dependencies(self.rerun, together)
         self._refuse_nested_processes()
 

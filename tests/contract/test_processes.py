@@ -292,6 +292,7 @@ def test_a_site_needs_a_name(process: Process) -> None:
 # ------------------------------------------------------------------------------------ inference
 
 
+@pytest.mark.filterwarnings("ignore:no transition of")
 def test_bootstrap_of_nothing_has_no_weights(process: Process) -> None:
     """A program that observes nothing: every log-weight is exactly zero, whatever the process."""
     posterior = SMC(lambda: process("x"), num_particles=4, num_runs=2, ess_threshold=1.0).run()
@@ -301,6 +302,7 @@ def test_bootstrap_of_nothing_has_no_weights(process: Process) -> None:
     assert torch.Size(sum(shapes.values(), ())).numel() > 0
 
 
+@pytest.mark.filterwarnings("ignore:no transition of")
 def test_chunks_change_nothing(process: Process) -> None:
     def run(chunk_size: int | None) -> Tensor:
         torch.manual_seed(1)
