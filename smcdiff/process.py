@@ -166,7 +166,7 @@ def statement(process: Process, site: str, context: dict[str, Any]) -> Tensor:
     for t in range(process.num_steps, 0, -1):
         x = _emit(process, site, t - 1, process.kernel(x, t, **context).law)
     for name, member in process.split(site, x).items():
-        pyro.deterministic(name, member, event_dim=process.member_dim(site, name))
+        _deterministic(name, member, process.member_dim(site, name))
     return x
 
 
@@ -180,16 +180,19 @@ def _emit(process: Process, site: str, t: int, law: Distribution) -> Tensor:
 
 def _sample(name: str, law: Distribution) -> Tensor:
     if isinstance(law, Delta):
-        event_dim = law.event_dim
-        x = pyro.sample(
-            name,
-            Delta(law.v, event_dim=event_dim).mask(False),
-            obs=law.v,
-            infer={"_deterministic": True, "is_auxiliary": True},
-        )
-    else:
-        x = pyro.sample(name, law)
-    assert isinstance(x, Tensor)
+        return _deterministic(name, law.v, law.event_dim)
+    x: Tensor = pyro.sample(name, law)
+    return x
+
+
+def _deterministic(name: str, value: Tensor, event_dim: int) -> Tensor:
+    """``pyro.deterministic``, marked as auxiliary: in a guide it proposes nothing."""
+    x: Tensor = pyro.sample(
+        name,
+        Delta(value, event_dim=event_dim).mask(False),
+        obs=value,
+        infer={"_deterministic": True, "is_auxiliary": True},
+    )
     return x
 
 
