@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .demo import Demo, ImageError  # heavy: not needed to print help
 
     size = (32, 2, 10) if options.quick else (options.particles, options.runs, options.steps)
-    demo = Demo(*size, seed=options.seed, out=options.out)
+    particles, runs, steps = size
+    demo = Demo(particles, runs, steps, options.seed, options.out)
     try:
         demo.run(options.image, options.label)
     except ImageError as error:

@@ -23,7 +23,7 @@ from .posterior import Posterior
 
 Model = Callable[[Tensor], None]
 
-NOISE: Final = 0.2  # standard deviation of the observations' noise; grey values span [-1, 1]
+NOISE: Final = 0.3  # standard deviation of the observations' noise; grey values span [-1, 1]
 SEEN: Final = torch.ones(1, 8, 8, dtype=torch.bool)
 SEEN[:, 2:6, 2:6] = False  # the missing box
 
@@ -45,7 +45,7 @@ def unknown_noise(prior: Diffusion) -> Model:
     """A blurred image; how much noise lies on it is a latent like any other."""
 
     def model(y: Tensor) -> None:
-        noise = pyro.sample("noise", dist.HalfNormal(0.3))
+        noise = pyro.sample("noise", dist.HalfNormal(0.5))
         x = prior("x")
         pyro.sample("y", dist.Normal(blur(x), noise[..., None, None, None]).to_event(3), obs=y)
 
@@ -101,7 +101,7 @@ def box_problem(prior: Diffusion, truth: Tensor) -> Problem:
     """Inpainting."""
     y = (truth + NOISE * torch.randn_like(truth))[SEEN]
     shown = torch.full_like(truth, torch.nan)
-    shown[SEEN] = y
+    shown[SEEN] = y.clamp(-1, 1)
 
     def check(posterior: Posterior) -> str:
         found = posterior.expectation("x")
@@ -135,7 +135,7 @@ def blur_problem(prior: Diffusion, truth: Tensor) -> Problem:
         "The image is blurred and noisy, and nobody says how noisy: the scale is inferred as well.",
         unknown_noise(prior),
         y,
-        {"truth": truth, "observation": y},
+        {"truth": truth, "observation": y.clamp(-1, 1)},
         check,
         # Resampled particles share few values of the noise: moves make them differ again.
         {"rejuvenation": Rejuvenation(num_moves=2)},
@@ -218,15 +218,15 @@ class Demo:
         if image is None:
             digits = load_heldout_examples().images
             label = 7 if label is None else label
-            three, five = digits[3], digits[5]
+            nine, five = digits[9], digits[5]
             beside = {f"a real {label}": digits[label], "another one": digits[10 + label]}
         else:
-            three = five = read_digit(image)
+            nine = five = read_digit(image)
             if label is None:
-                label = int(digit_classifier("guide")(three).argmax())
-            beside = {"your picture": three}
+                label = int(digit_classifier("guide")(nine).argmax())
+            beside = {"your picture": nine}
         return [
-            box_problem(prior, three),
+            box_problem(prior, nine),
             blur_problem(prior, five),
             wish_problem(prior, label, beside),
         ]
@@ -237,6 +237,7 @@ class Demo:
             problem.model,
             covariance="scalar",
             proposal="gradient",
+            ess_threshold=0.25,  # resampling seldom keeps more ancestors
             num_particles=self.num_particles,
             num_runs=self.num_runs,
             **problem.options,

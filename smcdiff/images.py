@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .posterior import Posterior
 
 CHANNELS = (1, 3)
-UNKNOWN = "0.75"  # the grey of pixels that are nan
+UNKNOWN = (0.3, 0.45, 0.7)  # the blue of pixels that are nan: no grey value looks like it
 
 
 def plot_samples(
@@ -36,7 +36,7 @@ def plot_samples(
         site: a site whose event is an image: (H, W), (1, H, W) or (3, H, W) (None: the first such).
         shape: the shape of its events, where images are laid flat.
         beside: more images by title, such as the truth and the observation, shown first; nan is
-            grey.
+            blue.
         num_draws: draws shown.
     """
     at, _ = choose(posterior, problem)
@@ -144,5 +144,5 @@ def _show(ax: "Axes", image: Tensor, scale: tuple[float, float]) -> None:
         colormap = matplotlib.colormaps["gray"].with_extremes(bad=UNKNOWN)
         ax.imshow(image[0].numpy(), cmap=colormap, vmin=low, vmax=high)
     else:
-        pixels = ((image - low) / (high - low)).clamp(0, 1).nan_to_num(nan=float(UNKNOWN))
-        ax.imshow(pixels.permute(1, 2, 0).numpy())
+        pixels = ((image - low) / (high - low)).clamp(0, 1).permute(1, 2, 0)
+        ax.imshow(pixels.where(~pixels.isnan(), pixels.new_tensor(UNKNOWN)).numpy())
