@@ -36,7 +36,7 @@ SPREAD, HOPELESS_SPREAD = 0.5, 1.5  # standard deviation of log Z over the runs
 ERROR, HOPELESS_ERROR = 0.5, 0.7  # standard error of log Z, from the genealogy of one run
 ESS = 0.02  # smallest effective sample size, as a share of the particles
 EVEN = 1e-3  # weights are equal when their logarithms differ by less
-ENOUGH = 4  # equal weights say that nothing was lost, if so many particles agree
+ENOUGH = 4  # equal weights say that nothing was lost if so many runs agree
 
 
 class Finding(NamedTuple):
@@ -111,7 +111,7 @@ class Diagnosis:
             return [
                 Finding("doubtful", NO_WEIGHTS, "use it as a guide: SMC(model, guide) weighs it")
             ]
-        if self.even and self.num_particles * self.num_runs >= ENOUGH:
+        if self.even and self.num_runs >= ENOUGH:
             return []
         if self.num_particles * self.num_runs == 1:
             return [
