@@ -210,14 +210,14 @@ class Diffusion(Process):
         signals, s2 = [Signal(1.0, 0.0, 1.0, 0.0)], self.scale**2
         for t in range(1, self.num_steps + 1):
             alpha, sigma = self.grid.alpha[t].item(), self.grid.sigma[t].item()
-            slope = alpha * s2 / (alpha**2 * s2 + sigma**2)
+            gain = s2 / (alpha**2 * s2 + sigma**2)
             c_0, _, kernel = self._coefficients(t)
             if self.variance == "large":
                 kernel = self.grid.transition(t).variance.item()
             if self.variance in ("exact", "mixture"):
-                kernel += c_0**2 * slope * sigma**2 / alpha
+                kernel += c_0**2 * gain * sigma**2
             variance = signals[-1].variance + signals[-1].slope ** 2 * kernel
-            signals.append(Signal(alpha, sigma, slope, variance))
+            signals.append(Signal(alpha, sigma, alpha * gain, variance))
         return signals
 
     # -------------------------------------------------------------------------------- bad input
