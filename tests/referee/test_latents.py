@@ -123,9 +123,10 @@ def survivors(first, state):
 
 
 def test_genealogy_is_that_of_the_resampling_steps():
-    method = SMC(noisy, num_particles=16, num_runs=5, ess_threshold=1.0)
+    method = TwistedSMC(noisy, temper=0.5, num_particles=16, num_runs=5, ess_threshold=1.0)
     first, *rest = method.iterate()
     for state in rest:
+        assert bool(state.history[-1].resampled.all())
         assert bool((state.latents["scale"] == survivors(first, state)).all())
         distinct = torch.tensor([len(set(row.tolist())) for row in state.roots])
         assert bool((state.history[-1].num_roots == distinct).all())

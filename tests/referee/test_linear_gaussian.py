@@ -132,7 +132,9 @@ def test_kernels_are_the_exact_ones():
 
 @pytest.mark.parametrize("covariance", ["auto", "scalar", "diagonal", "jacobian"])
 def test_one_particle_knows_the_evidence(covariance):
-    method = TwistedSMC(program(chain()), covariance=covariance, num_particles=1, num_runs=20)
+    method = TwistedSMC(
+        program(chain()), covariance=covariance, proposal="conjugate", num_particles=1, num_runs=20
+    )
     for state in method.iterate():  # the weights are right at every step, not at the end alone
         assert_zero_variance(state.log_evidence, EVIDENCE)
     assert pytest.approx(LOG_Z, abs=1e-10) == EVIDENCE + CONSTANT
@@ -156,7 +158,11 @@ def test_moves_are_the_optimal_kernels(beta, covariance):
     prior = chain()
     scale = 0.5 / math.sqrt(beta)
     method = TwistedSMC(
-        program(prior, scale), covariance=covariance, num_particles=100, ess_threshold=0.0
+        program(prior, scale),
+        covariance=covariance,
+        proposal="conjugate",
+        num_particles=100,
+        ess_threshold=0.0,
     )
     found = proposed(prior, method)
     tolerance = 1e-8 if beta == 1 else 1e-6  # the table's beta has six digits
@@ -179,7 +185,13 @@ def test_overconfident_twist_has_weights_of_infinite_variance():
     methods = {
         0.702: SMC(program(prior), num_particles=200, ess_threshold=0.0),
         0.590: TwistedSMC(program(prior), num_particles=200, ess_threshold=0.0),
-        -0.572: TwistedSMC(program(prior), covariance="none", num_particles=200, ess_threshold=0.0),
+        -0.572: TwistedSMC(
+            program(prior),
+            covariance="none",
+            proposal="conjugate",
+            num_particles=200,
+            ess_threshold=0.0,
+        ),
     }
     for smallest, method in methods.items():
         gap = 2 * target - path_precision(proposed(prior, method))
@@ -224,7 +236,11 @@ def test_zero_variance_whatever_the_kernels_variance(variance):
     _, truth = observed(propagate(normal(0.0, 1.0), steps), ONE, 0.25 * ONE, AT_TWO)
     model = program(chain(variance, source=False))
     for covariance in ("scalar", "jacobian"):
-        last = finish(TwistedSMC(model, covariance=covariance, num_particles=1, num_runs=10))
+        last = finish(
+            TwistedSMC(
+                model, covariance=covariance, proposal="conjugate", num_particles=1, num_runs=10
+            )
+        )
         assert_zero_variance(last.log_evidence, truth)
 
 
@@ -314,5 +330,7 @@ def test_scalar_covariance_is_exact_for_isotropic_data():
     def model():
         together(prior("x"), Y[0])
 
-    last = finish(TwistedSMC(model, covariance="scalar", num_particles=1, num_runs=10))
+    last = finish(
+        TwistedSMC(model, covariance="scalar", proposal="conjugate", num_particles=1, num_runs=10)
+    )
     assert_zero_variance(last.log_evidence, truth)

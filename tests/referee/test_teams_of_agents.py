@@ -79,7 +79,9 @@ def test_linear_quadratic_team_has_zero_variance(declare, covariance):
     agents = {"a": gaussian_agent(FIRST), "b": gaussian_agent(SECOND)}
     one = torch.ones(1, 1)
     model = goal(declare, agents, (one, one), 4.0, 3.0)
-    method = TwistedSMC(model, covariance=covariance, num_particles=1, num_runs=2000)
+    method = TwistedSMC(
+        model, covariance=covariance, proposal="conjugate", num_particles=1, num_runs=2000
+    )
     constant = 0.5 * math.log(2 * math.pi / 4.0)
     for state in method.iterate():
         assert_zero_variance(state.log_evidence + constant, VALUE)
