@@ -281,7 +281,7 @@ class Engine:
         step = Step(
             t=state.t,
             ess=ess,
-            khat=pareto_khat(state.log_weights) if state.t == 0 else khat,
+            khat=torch.fmax(khat, pareto_khat(state.log_weights)) if state.t == 0 else khat,
             max_weight=weights.max(-1).values,
             resampled=where,
             ancestors=ancestors,

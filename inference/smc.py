@@ -79,7 +79,7 @@ class ParticleMethod(ABC):
                 if checkpoint is not None and (state.t % checkpoint_every == 0):
                     state.save(checkpoint)
         assert state is not None
-        return Posterior(state, engine.program, type(self).__name__)
+        return Posterior(state, engine.program, type(self).__name__, self.settings.resampler)
 
 
 class NoTwist(Twist):

@@ -1,5 +1,8 @@
 """Posteriors over diffusion and flow priors: declared in Pyro, inferred and checked by weights."""
 
+from .averages import Expectation
+from .diagnostics import Diagnosis
+from .evidence import Evidence
 from .particles import Calls, Particles, Step
 from .posterior import Posterior
 from .process import Kernel, Process, Signal, batched
@@ -14,6 +17,9 @@ __all__ = [
     "RESAMPLERS",
     "Calls",
     "DegenerateWeights",
+    "Diagnosis",
+    "Evidence",
+    "Expectation",
     "Kernel",
     "Particles",
     "Posterior",
