@@ -4,8 +4,8 @@ r"""What the engine costs: time over that of the bare network calls, and memory.
     python benchmarks/overhead.py --time     # (c) only
 
 (c) Wall time of a run over the wall time of the same network calls (and backward passes) made in a
-bare loop, in the same process, alternating; the median of the ratios. (d) Peak allocated memory above
-that before the run, by number of steps and by number of particles at a fixed chunk size.
+bare loop, in the same process, alternating; the median of the ratios. (d) Peak resident memory of a
+run above that before it, by number of steps and by number of particles at a fixed chunk size.
 """
 
 import argparse
