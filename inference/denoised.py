@@ -120,7 +120,7 @@ class DenoisedLikelihood(Twist):
             matrix = self._matrix(view, seen)
             slope, noise = self.linearise(view, matrix, seen, view.t - 1)
             variance = law_covariance({n: view.kernels[n].law for n in self.names})
-            spread = noise if variance is None else noise + slope @ variance.times(slope).mT
+            spread = noise if variance is None else noise + variance.between(slope)
             likelihood, solved = log_normal(seen.residual, spread)
             solved = solved.detach()
             log_psi = log_psi + likelihood  # differentiable in the latents, for rejuvenation
@@ -192,12 +192,10 @@ class DenoisedLikelihood(Twist):
         if closed is not None:
             if t == 0:
                 return matrix, seen.noise
-            times = scaled = self._times_after(closed, matrix, view, t)
-            if bool((ratio - 1).abs().max() > 1e-9):  # a kernel whose variance is not exact
-                root = ratio.sqrt()
-                scaled = self._times_after(closed, matrix * root, view, t) * root
+            after = closed.given(self._gain(view, t)) if t < view.t else closed
             gain = level("alpha") / level("sigma") ** 2
-            return times * gain, seen.noise + scaled @ matrix.mT
+            kept = after.between(matrix * ratio.sqrt())
+            return after.times(matrix) * gain, seen.noise + kept
         if self.mode == "diagonal":
             return self._diagonal(view, matrix, seen, t, ratio)
         return self._by_backward(view, matrix, seen, t, ratio)
@@ -223,17 +221,6 @@ class DenoisedLikelihood(Twist):
             stacked_levels(view.program, self.names, view.x, at, "precision") for at in (view.t, t)
         )
         return then - now
-
-    def _times_after(self, now: Covariance, rows: Tensor, view: View, t: int) -> Tensor:
-        """Rows times the covariance of x_0 given the state at t, for locally Gaussian data.
-
-        (C^-1 + gain)^-1 = C - C (gain^-1 + C)^-1 C.
-        """
-        product = now.times(rows)
-        if t == view.t:
-            return product
-        inflated = Covariance(now.diagonal + 1 / self._gain(view, t), now.factor)
-        return product - now.times(inflated.divide(product))
 
     def _diagonal(
         self, view: View, matrix: Tensor, seen: Observations, t: int, ratio: Tensor

@@ -48,14 +48,26 @@ class Covariance:
             return product
         return product + thin_product(rows @ self.factor, self.factor)
 
-    def divide(self, rows: Tensor) -> Tensor:
-        """V^{-1} a for every row a of ``(particle, n, d)``."""
-        scaled = rows / self.diagonal[:, None, :]
+    def between(self, rows: Tensor) -> Tensor:
+        """a' V b for all pairs of rows of ``(particle or 1, n, d)``."""
+        product = (rows * self.diagonal[:, None, :]) @ rows.mT
         if self.factor is None:
-            return scaled
-        small = capacitance(self.diagonal, self.factor)
-        inner = torch.cholesky_solve((scaled @ self.factor).mT, small).mT
-        return scaled - thin_product(inner, self.factor / self.diagonal[..., None])
+            return product
+        seen = rows @ self.factor
+        return product + seen @ seen.mT
+
+    def given(self, precision: Tensor) -> "Covariance":
+        """What remains of it once every element is measured: :math:`(V^{-1} + diag(precision))^{-1}`.
+
+        With D = (I + diag(a) diag(precision))^-1 it is D diag(a) + D F (I + F' precision D F)^-1 F' D.
+        """
+        kept = 1 / (1 + self.diagonal * precision)
+        if self.factor is None:
+            return Covariance(kept * self.diagonal)
+        small = capacitance(1 / (kept * precision), self.factor)
+        seen = (self.factor * kept[..., None]).mT
+        factor = torch.linalg.solve_triangular(small, seen, upper=False).mT
+        return Covariance(kept * self.diagonal, factor)
 
     def sample(self, batch: int) -> Float64[Tensor, "particle d"]:
         """A draw per particle."""
@@ -64,16 +76,6 @@ class Covariance:
             return own
         common = torch.randn_like(self.factor[:, :1, :].expand(batch, -1, -1))
         return own + thin_product(common, self.factor)[:, 0]
-
-    def scaled(self, scale: Tensor) -> "Covariance":
-        """The covariance of diag(scale) e."""
-        factor = None if self.factor is None else self.factor * scale[:, None]
-        return Covariance(self.diagonal * scale**2, factor)
-
-    def full(self) -> Float64[Tensor, "rows d d"]:
-        """The matrix itself."""
-        matrix = torch.diag_embed(self.diagonal)
-        return matrix if self.factor is None else matrix + self.factor @ self.factor.mT
 
 
 @dataclass(frozen=True)
@@ -104,31 +106,30 @@ class TwistedStep:
         return self.covariance.times(self.local.direction[:, None])[:, 0]
 
     @cached_property
-    def _curvature(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """K, K V, and the Cholesky factors of R and of S."""
+    def _curvature(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """K, and the Cholesky factors of R and of S."""
         slope, noise = self.local.slope, self.local.noise
         if slope is None or noise is None:
             return None
-        spread = self.covariance.times(slope)
-        total = torch.linalg.cholesky(noise + slope @ spread.mT)
-        return slope, spread, torch.linalg.cholesky(noise), total
+        total = noise + self.covariance.between(slope)
+        return slope, torch.linalg.cholesky(noise), torch.linalg.cholesky(total)
 
     def sample(self) -> Float64[Tensor, "particle d"]:
         """Offsets e ~ q."""
         e = self.covariance.sample(len(self.shift))
         if self._curvature is None:
             return e + self.shift
-        slope, spread, factor, total = self._curvature
+        slope, factor, total = self._curvature
         white = torch.randn(len(e), slope.shape[-2], 1, dtype=e.dtype, device=e.device)
         miss = torch.cholesky_solve(slope @ e[..., None] + factor @ white, total)
-        return self.shift + e - (spread.mT @ miss)[..., 0]
+        return self.shift + e - self.covariance.times((slope.mT @ miss).mT)[:, 0]
 
     def log_ratio(self, e: Float64[Tensor, "particle d"]) -> Float64[Tensor, " particle"]:
         """log p(e) / q(e)."""
         plain = (self.local.direction * (0.5 * self.shift - e)).sum(-1)
         if self._curvature is None:
             return plain
-        slope, _, factor, total = self._curvature
+        slope, factor, total = self._curvature
         miss = slope @ (e - self.shift)[..., None]
         white = torch.linalg.solve_triangular(factor, miss, upper=False)
         log_det = log_diagonal(total) - log_diagonal(factor)
