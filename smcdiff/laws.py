@@ -66,8 +66,8 @@ class CovariantNormal(TorchDistribution):
         return torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        batch = value.shape[: value.dim() - self.event_dim]
-        offset = (value - self.loc).reshape(*batch, -1)
+        offset = value - self.loc
+        offset = offset.reshape(*offset.shape[: offset.dim() - self.event_dim], -1)
         small = capacitance(self.diagonal, self.factor)
         inner = torch.linalg.solve_triangular(
             small, self.factor.mT @ (offset / self.diagonal)[..., None], upper=False
