@@ -119,8 +119,7 @@ class DenoisedLikelihood(Twist):
             seen = observe(view.execution, self.sites, view.batch)
             matrix = self._matrix(view, seen)
             slope, noise = self.linearise(view, matrix, seen, view.t - 1)
-            variance = law_covariance({n: view.kernels[n].law for n in self.names})
-            spread = noise if variance is None else noise + variance.between(slope)
+            spread = self._spread(view, matrix, seen, slope, noise)
             likelihood, solved = log_normal(seen.residual, spread)
             solved = solved.detach()
             log_psi = log_psi + likelihood  # differentiable in the latents, for rejuvenation
@@ -136,6 +135,18 @@ class DenoisedLikelihood(Twist):
             gradient = stack(view.gradient(surrogate.sum())) * self._advance(view)
             cache["direction"] = cache.get("direction", 0.0) + gradient
         return TwistValue(log_psi, cache)
+
+    def _spread(
+        self, view: View, matrix: Tensor, seen: Observations, slope: Tensor, noise: Tensor
+    ) -> Tensor:
+        """The covariance of the residuals given x_t: R + K V K', where the kernel is Gaussian."""
+        laws = {n: view.kernels[n].law for n in self.names}
+        variance = law_covariance(laws)
+        if variance is not None:
+            return noise + variance.between(slope)
+        if all(is_deterministic(law) for law in laws.values()):
+            return noise
+        return self.linearise(view, matrix, seen, view.t)[1]
 
     def _average(self, view: View) -> Float64[Tensor, " particle"]:
         """Log-mean-exp over draws of everything that is not linearised."""
