@@ -63,7 +63,7 @@ def check_observations(prototype: Execution) -> None:
                 f"but the processes on {sorted(map(str, devices))}: move it with .to(device)"
             )
         bad = int((~site.value.isfinite()).sum())
-        if bad and site.mask is None:
+        if bad:
             raise ValueError(
                 f"site {site.name!r}: {bad} of {site.value.numel()} observed values are NaN or "
                 "infinite: leave them out, as in x[..., seen]"

@@ -171,6 +171,21 @@ def test_discretised_chain_is_the_prior(variance):
     assert abs(z_of_evidence(finish(twisted), log_z)) < BOUND
 
 
+def test_twist_of_a_mixture_kernel():
+    """With one component it is exact, though the kernel is not known to be Gaussian."""
+    one = mixture([1.0], [0.5], [1.44])
+    prior = chain(one)
+
+    def model():
+        pyro.sample("y", dist.Normal(prior("x")[..., 0], 0.5), obs=torch.tensor(2.0))
+
+    *states, _ = TwistedSMC(model, num_particles=20).iterate()
+    for state in states:
+        _, means, variances = one.given(state.x["x"][..., 0], LEVELS[state.t])
+        wanted = log_normal(2.0, means, 0.25 + variances)[..., 0]
+        torch.testing.assert_close(state.cache["log_psi"], wanted, rtol=0, atol=1e-9)
+
+
 # ------------------------------------------------------------------------- nine modes in the plane
 
 NINE = torch.tensor([[i, j] for j in (-4.0, 0.0, 4.0) for i in (-4.0, 0.0, 4.0)]).double()
