@@ -17,7 +17,7 @@ from torch import Tensor
 from smcdiff.execution import Execution, Statement
 from smcdiff.particles import Calls, map_tree
 from smcdiff.process import Kernel, Tree, check_finite
-from smcdiff.program import Program
+from smcdiff.program import Program, State
 from smcdiff.twist import Twist, TwistValue, View
 
 from .proposals import Proposal
@@ -184,11 +184,8 @@ class Evaluator:
 
     def _likelihood(self, batch: Batch) -> Tensor:
         with torch.no_grad():
-            execution = self.program.execute(
-                lambda s: batch.x[s.name], batch.latents, batch.size, batch.problems
-            )
+            execution = self._execute(lambda s: batch.x[s.name], batch, 1)
             log_psi = execution.log_joint()
-        self._spend(Calls(program=batch.size))
         if bool(log_psi.isnan().any()):
             raise ValueError(_blame(execution, 0))
         return log_psi
@@ -212,10 +209,7 @@ class Evaluator:
                 estimates.requires_grad_(estimates.is_floating_point())
             return estimates
 
-        execution = self.program.execute(
-            estimate, batch.repeated(copies), copies * batch.size, batch.repeated_problems(copies)
-        )
-        self._spend(Calls(program=copies * batch.size))
+        execution = self._execute(estimate, batch, copies)
         return View(
             program=self.program,
             t=t,
@@ -232,6 +226,12 @@ class Evaluator:
             spend=lambda n: self._spend(Calls(network=n)),
             backward=lambda n: self._spend(Calls(gradient=n)),
         )
+
+    def _execute(self, state: State, batch: Batch, copies: int) -> Execution:
+        """The program on some estimates of x_0 per particle."""
+        self._spend(Calls(program=copies * batch.size))
+        latents, problems = batch.repeated(copies), batch.repeated_problems(copies)
+        return self.program.execute(state, latents, copies * batch.size, problems)
 
     def _evaluate(
         self, t: int, statement: Statement, batch: Batch, context: dict[str, Any]

@@ -13,6 +13,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
+from torch.distributions import constraints
 
 from .process import Process
 
@@ -187,9 +188,7 @@ class Execution:
             impossible: what to count for an element whose log-probability is -inf.
         """
         site = self.sites[name]
-        log_prob = torch.as_tensor(
-            scale_and_mask(site.fn.log_prob(site.value), site.scale, site.mask)
-        )
+        log_prob = torch.as_tensor(scale_and_mask(_log_prob(site), site.scale, site.mask))
         shape = _batch_shape(site.frames)
         if log_prob.shape != shape:
             try:
@@ -252,6 +251,27 @@ def _advice(error: Exception) -> str:
         "Under inference values have the shape (particle, *plates, *event): index from the right, "
         "as in x[..., mask], and declare events with .to_event and plates with pyro.plate"
     )
+
+
+def _log_prob(site: Site) -> Any:
+    """The law's own, and -inf outside its support, where an unchecked law says anything."""
+    log_prob = site.fn.log_prob(site.value)
+    if site.kind not in ("observed", "latent"):
+        return log_prob
+    try:
+        support = site.fn.support
+        if _is_real(support):
+            return log_prob
+        inside = support.check(torch.as_tensor(site.value))
+    except NotImplementedError:  # some laws do not know their support
+        return log_prob
+    return torch.where(inside, log_prob, -torch.inf)
+
+
+def _is_real(support: Any) -> bool:
+    while isinstance(support, type(constraints.real_vector)):
+        support = support.base_constraint
+    return support is constraints.real
 
 
 def _base(fn: Any) -> Any:

@@ -63,7 +63,7 @@ class Program:
         self._bound.apply_defaults()
         self.num_problems = self._count_problems()
         self._plates_to_insert: dict[str, int] = {}
-        self.max_plate_nesting = 0
+        self.max_plate_nesting, self._apart = 0, False
         prototype = self._prototype()
         check_observations(prototype)
         self.processes = {s.name: s.process for s in prototype.statements.values()}
@@ -74,6 +74,7 @@ class Program:
             check_networks_apart(together)
             self.sources, self.likelihoods = find_dependencies(self.rerun, together)
         self._refuse_nested_processes()
+        self._apart = True
 
     # ----------------------------------------------------------------- what the program consists of
 
@@ -124,7 +125,8 @@ class Program:
         interpreter = Interpreter(state, latents, batch)
         plate = pyro.plate("smcdiff_particles", batch, dim=-1 - self.max_plate_nesting)
         args, kwargs = self._arguments(batch, problems)
-        with interpreter, plate:
+        # Once it is apart, Pyro's checks give way to ours: NaN is blamed on its site and step.
+        with pyro.validation_enabled(not self._apart), interpreter, plate:
             interpreter.call(self.model, args, kwargs)
         return interpreter.execution(self.max_plate_nesting)
 
