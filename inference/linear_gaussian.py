@@ -57,9 +57,10 @@ class Covariance:
         return product + seen @ seen.mT
 
     def given(self, precision: Tensor) -> "Covariance":
-        """What remains of it once every element is measured: :math:`(V^{-1} + diag(precision))^{-1}`.
+        """What remains once every element is measured: :math:`(V^{-1} + diag(precision))^{-1}`.
 
-        With D = (I + diag(a) diag(precision))^-1 it is D diag(a) + D F (I + F' precision D F)^-1 F' D.
+        With D = (I + diag(a) diag(precision))^-1 it is
+        D diag(a) + D F (I + F' precision D F)^-1 F' D.
         """
         kept = 1 / (1 + self.diagonal * precision)
         if self.factor is None:

@@ -124,9 +124,7 @@ class MixtureDenoiser(Denoiser):
     def log_density(self, x: State, alpha: Level, sigma: Level) -> Float64[Tensor, "*batch"]:
         return self._log_joint(self._precise(x), alpha, sigma).logsumexp(-1)
 
-    def responsibilities(
-        self, x: State, alpha: Level, sigma: Level
-    ) -> Float64[Tensor, "*batch K"]:
+    def responsibilities(self, x: State, alpha: Level, sigma: Level) -> Float64[Tensor, "*batch K"]:
         """The r_k: how probable each component is, given x_t = x."""
         return self._log_joint(self._precise(x), alpha, sigma).softmax(-1)
 

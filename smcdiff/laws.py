@@ -94,7 +94,7 @@ def capacitance(diagonal: Tensor, factor: Tensor) -> Tensor:
 
 
 def thin_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right' for batches of matrices with few columns, which a batched product is slow at."""
+    """left @ right' for batches of matrices with few columns, where batched products are slow."""
     if not 0 < right.shape[-1] <= FEW_COLUMNS:
         return left @ right.mT
     rows = right[..., None, :, :]
