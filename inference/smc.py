@@ -101,7 +101,7 @@ class SMC(ParticleMethod):
             and with the ordinary latents that it wants to propose.
         twist: a look-ahead (None: 1).
         proposal: where transitions come from (None: the guide's processes, or the model's own).
-        num_particles, num_runs, ess_threshold, resampler, chunk_size, rejuvenation, smoothing: see
+        num_particles, num_runs, ess_threshold, resampler, chunk_size, rejuvenation: see
             :class:`Settings`.
         per_problem: arguments with one row per problem.
     """
@@ -119,17 +119,10 @@ class SMC(ParticleMethod):
         resampler: str = "systematic",
         chunk_size: int | None = None,
         rejuvenation: Rejuvenation | None = None,
-        smoothing: float = 0.0,
         per_problem: Sequence[str] | Mapping[str, int] = (),
     ) -> None:
         settings = Settings(
-            num_particles,
-            num_runs,
-            ess_threshold,
-            resampler,
-            chunk_size,
-            rejuvenation,
-            smoothing,
+            num_particles, num_runs, ess_threshold, resampler, chunk_size, rejuvenation
         )
         super().__init__(model, settings, per_problem)
         if guide is not None and proposal is not None:
@@ -154,8 +147,6 @@ class TwistedSMC(ParticleMethod):
             only; ``"kernel"``: the process's own (for rewards without gradients); ``"auto"``:
             conjugate where the twist knows the Jacobian, else gradient.
         temper, clip: of the shift (:class:`TwistedKernel`); they never change the target.
-        smoothing: of the log-weights (:class:`Settings`), because this look-ahead is a guess
-            wherever the data are not Gaussian; the other settings, too, are explained there.
     """
 
     def __init__(
@@ -173,17 +164,10 @@ class TwistedSMC(ParticleMethod):
         resampler: str = "systematic",
         chunk_size: int | None = None,
         rejuvenation: Rejuvenation | None = None,
-        smoothing: float = 0.5,
         per_problem: Sequence[str] | Mapping[str, int] = (),
     ) -> None:
         settings = Settings(
-            num_particles,
-            num_runs,
-            ess_threshold,
-            resampler,
-            chunk_size,
-            rejuvenation,
-            smoothing,
+            num_particles, num_runs, ess_threshold, resampler, chunk_size, rejuvenation
         )
         super().__init__(model, settings, per_problem)
         if proposal not in ("auto", "conjugate", "gradient", "kernel"):
