@@ -53,6 +53,7 @@ class View:
     problems: Tensor | None
     spend: Callable[[int], None] = field(default=lambda _: None)
     backward: Callable[[int], None] = field(default=lambda _: None)
+    _measured: list[dict[str, Tensor]] | None = field(default=None, init=False)
 
     @property
     def tracked(self) -> bool:
@@ -92,6 +93,12 @@ class View:
             n: torch.zeros_like(self.x[n]) if g is None else g.detach()
             for n, g in zip(names, grads, strict=True)
         }
+
+    def measure(self, outputs: list[Tensor]) -> list[dict[str, Tensor]]:
+        """d output / d x_t, one backward pass each: made once, however often it is asked for."""
+        if self._measured is None:
+            self._measured = [self.gradient(output.sum()) for output in outputs]
+        return self._measured
 
 
 @dataclass(frozen=True)
