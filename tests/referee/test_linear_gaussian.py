@@ -191,7 +191,6 @@ def test_overconfident_twist_has_weights_of_infinite_variance():
             proposal="conjugate",
             num_particles=200,
             ess_threshold=0.0,
-            smoothing=0.0,  # so that a step's weight tells what its draw was worth
         ),
     }
     for smallest, method in methods.items():
