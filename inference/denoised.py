@@ -166,11 +166,11 @@ class DenoisedLikelihood(Twist):
         """d x_t / d x_{t-1} along the denoiser's level sets: turns gradients at t into t - 1."""
         if any(view.processes[n].signal(view.t) is None for n in self.names):
             return 1.0
-        slopes = [
+        after, now = (
             stacked_levels(view.program, self.names, view.x, t, "slope")
             for t in (view.t - 1, view.t)
-        ]
-        return slopes[0] / slopes[1]
+        )
+        return torch.where(now > 0, after / now, 0.0)  # pure noise points nowhere
 
     def _for_the_start(self, view: View, matrix: Tensor, seen: Observations) -> dict[str, Tensor]:
         """What a twisted start needs: the look-ahead from x_T itself."""
@@ -189,6 +189,8 @@ class DenoisedLikelihood(Twist):
         self, view: View, matrix: Tensor, seen: Observations, t: int
     ) -> tuple[Tensor, Tensor]:
         """The slope and the noise of the observations in a state at t <= view.t."""
+        if t == 0:
+            return matrix, seen.noise
 
         def level(field: str, at: int = t) -> Tensor:
             return stacked_levels(view.program, self.names, view.x, at, field)
@@ -198,11 +200,9 @@ class DenoisedLikelihood(Twist):
             return matrix * slope, seen.noise
         if self.mode == "scalar":
             return matrix * slope, seen.noise + (matrix * variance) @ matrix.mT
-        ratio = variance / (slope * level("sigma") ** 2 / level("alpha")).clamp(min=1e-300)
+        ratio = variance / level("spread").clamp(min=1e-300)
         closed = self._closed_form(view)
         if closed is not None:
-            if t == 0:
-                return matrix, seen.noise
             after = closed.given(self._gain(view, t)) if t < view.t else closed
             gain = level("alpha") / level("sigma") ** 2
             kept = after.between(matrix * ratio.sqrt())
@@ -237,34 +237,29 @@ class DenoisedLikelihood(Twist):
         self, view: View, matrix: Tensor, seen: Observations, t: int, ratio: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Row sums of the Jacobian in place of its diagonal (Boys et al. 2024, section 3.3)."""
-        total = torch.cat(
-            [view.execution.states[n][: view.batch].flatten(1) for n in self.names], 1
-        )
-        sums = stack(view.gradient(total.sum())).clamp(min=0)
-        covariance = sums * self._tweedie(view)
+        estimates = [view.execution.states[n][: view.batch].flatten(1) for n in self.names]
+        (sums,) = (stack(each).clamp(min=0) for each in view.measure([torch.cat(estimates, 1)]))
+        covariance = self._tweedie(view, sums, torch.ones_like(sums))
         after = covariance / (1 + self._gain(view, t) * covariance)
-        if t == 0:
-            return matrix, seen.noise
         gain = stacked_levels(view.program, self.names, view.x, t, "alpha")
         gain = gain / stacked_levels(view.program, self.names, view.x, t, "sigma") ** 2
         weighted = matrix * (after * ratio)[:, None, :]
         return matrix * (after * gain)[:, None, :], seen.noise + weighted @ matrix.mT
 
-    def _tweedie(self, view: View) -> Tensor:
-        """sigma_t^2 / alpha_t: turns the denoiser's slope into a covariance."""
-        sigma = stacked_levels(view.program, self.names, view.x, view.t, "sigma")
-        return sigma**2 / stacked_levels(view.program, self.names, view.x, view.t, "alpha")
+    def _tweedie(self, view: View, slopes: Tensor, rows: Tensor) -> Tensor:
+        """Covariances from slopes, by sigma_t^2 / alpha_t; from the data's scale in pure noise."""
+        alpha, sigma, spread = (
+            stacked_levels(view.program, self.names, view.x, view.t, field)
+            for field in ("alpha", "sigma", "spread")
+        )
+        return torch.where(alpha > 0, slopes * (sigma**2 / alpha), rows * spread)
 
     def _by_backward(
         self, view: View, matrix: Tensor, seen: Observations, t: int, ratio: Tensor
     ) -> tuple[Tensor, Tensor]:
         """One backward pass per observation; one step on in the space of the observations."""
-        rows = torch.stack(
-            [stack(view.gradient(column.sum())) for column in seen.mean.unbind(-1)], 1
-        )
-        if t == 0:
-            return matrix, seen.noise
-        rows = rows * self._tweedie(view)
+        slopes = [stack(each) for each in view.measure(list(seen.mean.unbind(-1)))]
+        rows = self._tweedie(view, torch.stack(slopes, 1), matrix)
         factor = torch.linalg.cholesky(matrix @ matrix.mT)
         inner = torch.linalg.solve_triangular(factor, rows @ matrix.mT, upper=False)
         inner = torch.linalg.solve_triangular(factor, inner.mT, upper=False)

@@ -207,7 +207,7 @@ class Diffusion(Process):
 
     def _tabulate(self) -> list[Signal]:
         """The chain's own variance of x_0 given x_t: v_t = v_{t-1} + slope_{t-1}^2 V_t."""
-        signals, s2 = [Signal(1.0, 0.0, 1.0, 0.0)], self.scale**2
+        signals, s2 = [Signal(1.0, 0.0, 1.0, 0.0, 0.0)], self.scale**2
         for t in range(1, self.num_steps + 1):
             alpha, sigma = self.grid.alpha[t].item(), self.grid.sigma[t].item()
             gain = s2 / (alpha**2 * s2 + sigma**2)
@@ -217,7 +217,7 @@ class Diffusion(Process):
             if self.variance in ("exact", "mixture"):
                 kernel += c_0**2 * gain * sigma**2
             variance = signals[-1].variance + signals[-1].slope ** 2 * kernel
-            signals.append(Signal(alpha, sigma, alpha * gain, variance))
+            signals.append(Signal(alpha, sigma, alpha * gain, variance, gain * sigma**2))
         return signals
 
     # -------------------------------------------------------------------------------- bad input

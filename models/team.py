@@ -79,7 +79,7 @@ class Team(Process):
         known = [signal for signal in signals if signal is not None]
         if len(known) < len(signals):
             return None
-        fields = ("alpha", "sigma", "slope", "variance")
+        fields = ("alpha", "sigma", "slope", "variance", "spread")
         return Signal(*(self._side_by_side([getattr(s, f) for s in known]) for f in fields))
 
     def calls(self, t: int) -> int:

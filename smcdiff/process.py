@@ -35,12 +35,15 @@ class Signal:
         alpha, sigma: :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`.
         slope: :math:`d\hat x_0 / d x_t`, the denoiser's slope; 1 at t = 0.
         variance: the variance of x_0 given x_t *under the discretised chain*; 0 at t = 0.
+        spread: the same for Gaussian data and exact transitions: :math:`\sigma_t^2 / \alpha_t`
+            times the slope, and :math:`s^2` where :math:`\alpha_t = 0`.
     """
 
     alpha: Level
     sigma: Level
     slope: Level
     variance: Level
+    spread: Level
 
     @property
     def precision(self) -> Level:
