@@ -50,7 +50,9 @@ class Covariance:
 
     def between(self, rows: Tensor) -> Tensor:
         """a' V b for all pairs of rows of ``(particle or 1, n, d)``."""
-        product = (rows * self.diagonal[:, None, :]) @ rows.mT
+        alike = bool((self.diagonal == self.diagonal[:1]).all())  # then once for all particles
+        diagonal = self.diagonal[:1] if alike else self.diagonal
+        product = (rows * diagonal[:, None, :]) @ rows.mT
         if self.factor is None:
             return product
         seen = rows @ self.factor
