@@ -153,8 +153,8 @@ def test_unknown_noise_scale(method):
 
 @pytest.mark.parametrize("kind", ["random_walk", "mala"])
 def test_rejuvenation_leaves_the_target_invariant(kind):
-    """Many moves after one resampling: a wrong acceptance would push the scale away."""
-    moves = Rejuvenation(kind, step_size=0.5, num_moves=6)
+    """Moves at every step: a wrong acceptance would push the scale away."""
+    moves = Rejuvenation(kind, step_size=0.5, num_moves=2)
     method = TwistedSMC(
         noisy, num_particles=8, num_runs=4000, ess_threshold=0.999, rejuvenation=moves
     )
