@@ -7,14 +7,11 @@ residual r, operator A and noise D (``observations.py``) then looks ahead by
 
 and everything else by the log-mean-exp of the program over draws of x_0. Leaving out C_t makes the
 twist overconfident: its weights may have infinite variance (Wu et al. 2023, arXiv 2306.17775, is
-the
-case C_t = 0; Boys et al. 2024, arXiv 2310.06721, the case of a full Jacobian).
+the case C_t = 0; Boys et al. 2024, arXiv 2310.06721, the case of a full Jacobian).
 
-C_t is that of the *discretised* chain: with K the slope of the observations in the next state and
-R the
-covariance that remains given it, :math:`D + A C_t A^\top = R + K V K^\top`, so that twist, kernel
-and
-proposal agree exactly wherever the model is linear and Gaussian.
+C_t is that of the *discretised* chain: with K the slope of the observations in the next state and R
+the covariance that remains given it, :math:`D + A C_t A^\top = R + K V K^\top`, so that twist,
+kernel and proposal agree exactly wherever the model is linear and Gaussian.
 """
 
 import math
@@ -48,9 +45,8 @@ class DenoisedLikelihood(Twist):
     Args:
         covariance: C_t. ``"none"``: zero. ``"scalar"``: :math:`c_t I`, for data of the process's
             scale. ``"diagonal"``: the elements' own variances, from one backward pass (row sums of
-            the
-            Jacobian). ``"jacobian"``: :math:`(\sigma_t^2/\alpha_t)\, d\hat x_0/d x_t` in full: in
-            closed form where the process has it, else by one backward pass per observation.
+            the Jacobian). ``"jacobian"``: :math:`(\sigma_t^2/\alpha_t)\, d\hat x_0/d x_t` in full:
+            in closed form where the process has it, else by one backward pass per observation.
             ``"auto"``: the Jacobian where it is closed-form or there are few observations, else
             scalar.
         num_draws: draws of x_0 for sites that are not Gaussian (0: evaluate at the mean).

@@ -6,8 +6,7 @@ r"""The one loop: properly weighted particles for any program, twist and proposa
                  + \log \psi_{t-1} - \log \psi_t, \qquad \psi_0 = \gamma(x_0, z),
 
 z the program's ordinary latents. Particles are resampled whenever their effective sample size asks
-for
-it, and then everything that belongs to a particle moves with it.
+for it, and then everything that belongs to a particle moves with it.
 """
 
 import math
@@ -42,11 +41,10 @@ class Settings:
     Attributes:
         num_particles, num_runs: N particles in each of several independent runs.
         ess_threshold: resample when the effective sample size falls below this share of N (0:
-        never;
-            1: at every step).
+            never; 1: at every step).
         resampler: a name of ``smcdiff.resampling.RESAMPLERS``.
         chunk_size: how many particles to evaluate at once (None: all). Bounds memory, changes
-        nothing.
+            nothing.
         rejuvenation: moves the ordinary latents on the way.
     """
 

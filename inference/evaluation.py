@@ -1,10 +1,8 @@
 r"""One look at the particles: network, program and twist, each state once, in chunks.
 
 Forward pass, program and backward pass run chunk by chunk, so that a chunk's activations are the
-most
-that is ever held. Random numbers are drawn for all particles at once, so answers do not depend on
-the
-chunk size.
+most that is ever held. Random numbers are drawn for all particles at once, so answers do not depend
+on the chunk size.
 """
 
 from collections.abc import Mapping
@@ -76,7 +74,7 @@ class Evaluator:
 
     Attributes:
         keeps_draws: whether the noise behind the draws of x_0 is cached, for :meth:`look`
-        ``again``.
+            ``again``.
         calls: evaluations since :meth:`take_calls`, one per particle.
     """
 

@@ -1,9 +1,8 @@
 r"""Guides as proposals: another program with the same process sites.
 
 A guide's processes are stepwise: their laws propose :math:`x_T` and every transition, and its
-ordinary
-latents propose the model's. Whatever a guide has learned, the weights correct it; it must only
-dominate the model.
+ordinary latents propose the model's. Whatever a guide has learned, the weights correct it; it must
+only dominate the model.
 """
 
 from collections.abc import Callable

@@ -3,8 +3,7 @@ r"""The Gaussian observations of a program, seen as a linear map of its processe
 .. math:: r = y - \mu(\hat x_0), \qquad A = d\mu / d x_0, \qquad D = \mathrm{Cov}[y \mid x_0] .
 
 All observed sites (and all latents downstream of a process) with a Gaussian law are stacked into
-one
-vector of length d_y, all processes into one of length d.
+one vector of length d_y, all processes into one of length d.
 """
 
 from dataclasses import dataclass

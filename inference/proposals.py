@@ -1,8 +1,7 @@
 r"""Proposals: where the next state comes from, and what that choice is worth.
 
 A proposal draws :math:`x_{t-1} \sim q(\cdot \mid x_t)` and returns :math:`\log p - \log q` at the
-draw.
-Any proposal that dominates the kernel gives the right answer.
+draw. Any proposal that dominates the kernel gives the right answer.
 """
 
 from abc import ABC, abstractmethod
@@ -110,8 +109,7 @@ class TwistedKernel(Proposal):
 
     The move out of x_t has the mean :math:`m + V d` and, with ``curvature``, the covariance
     :math:`(V^{-1} + K^\top R^{-1} K)^{-1}` (``linear_gaussian.py``); d is the twist's gradient,
-    carried
-    to t - 1. Without curvature it is the gradient shift of twisted diffusion samplers.
+    carried to t - 1. Without curvature it is the gradient shift of twisted diffusion samplers.
 
     Args:
         curvature: whether to narrow the proposal where the twist is Gaussian.

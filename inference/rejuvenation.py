@@ -1,12 +1,9 @@
 r"""Moves of ordinary latents that leave the current target invariant.
 
-Particles that share ancestors share latents. A Metropolis-Hastings move of a latent z at fixed
-x_t, with
-target :math:`p(z)\,\psi_t(x_t, z)`, makes them differ again and changes no weight. It is valid
-only if
-no process context depends on z: otherwise z has shaped the path that led to x_t, and the target
-would
-be the law of that whole path.
+Particles that share ancestors share latents. A Metropolis-Hastings move of a latent z at fixed x_t,
+with target :math:`p(z)\,\psi_t(x_t, z)`, makes them differ again and changes no weight. It is valid
+only if no process context depends on z: otherwise z has shaped the path that led to x_t, and the
+target would be the law of that whole path.
 
 All runs move at the same, fixed steps. Moving only the runs that were just resampled would let the
 particles decide whether they move, and bias the evidence.

@@ -28,7 +28,7 @@ class IntermediateReward(Twist):
             ``"sum"``.
         strength: lambda.
         num_draws: draws of x_0 to average over (0: the denoised mean; discrete processes always
-        draw).
+            draw).
     """
 
     def __init__(

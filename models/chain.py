@@ -13,8 +13,7 @@ class Chain(Process):
     r"""Two processes in turn, as one process with the steps of both.
 
     With S the steps of ``second``, a state at t > S is one of ``first`` and a state at t <= S one
-    of
-    ``second``. With a ``link`` there is one step more, from first's x_0 to second's x_S.
+    of ``second``. With a ``link`` there is one step more, from first's x_0 to second's x_S.
 
     Args:
         first: makes the source.

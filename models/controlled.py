@@ -24,12 +24,9 @@ class Controlled(Process):
     Args:
         base: the process that is changed (itself frozen).
         control: ``control(x, t, denoised, **context)`` with the batch shape of x; returns u with
-        the
-            shape of x (for discrete processes, with the shape of the logits). ``denoised`` is the
-            mean
-            of the base's law of x_0 (probabilities, if discrete). A module is trainable: its
-            parameters
-            are registered with Pyro as ``<name>.control``.
+            the shape of x (for discrete processes, with the shape of the logits). ``denoised`` is
+            the mean of the base's law of x_0 (probabilities, if discrete). A module is trainable:
+            its parameters are registered with Pyro as ``<name>.control``.
         initial: another law of x_T (None: the base's).
         scale: :math:`rho_t`, a function of t (None: 1).
     """

@@ -36,8 +36,7 @@ class Diffusion(Process):
 
     Args:
         network: ``network(x, time, **context)`` with x of shape ``(batch, *event_shape)`` and time
-        of
-            shape ``(batch,)``; or an exact :class:`~smcdiff.models.Denoiser`.
+            of shape ``(batch,)``; or an exact :class:`~smcdiff.models.Denoiser`.
         schedule: the noise schedule that the network was trained with (None: linear betas).
         event_shape: the shape of one sample.
         num_steps: T.
@@ -46,15 +45,14 @@ class Diffusion(Process):
         variance: V. ``"small"``: :math:`\eta^2\tilde\beta_t`, zero in the last step. ``"large"``:
             :math:`\beta_t`. ``"learned"``: interpolated in logarithms by the second half of the
             network's channels (Nichol & Dhariwal 2021). ``"exact"``: :math:`\eta^2\tilde\beta_t +
-            c_0^2
-            \mathrm{Cov}[x_0|x_t]`, for exact denoisers. ``"mixture"``: the exact kernel of a
+            c_0^2 \mathrm{Cov}[x_0|x_t]`, for exact denoisers. ``"mixture"``: the exact kernel of a
             ``MixtureDenoiser``.
         clip_denoised: bounds for :math:`\hat x_0`, such as (-1, 1).
         scale: the standard deviation s of the data, for scalar look-aheads (known for denoisers).
         source: the law of x_T (None: N(0, I)).
         context_dims: event dimensions of context tensors by name (0 if not named: labels).
         train: leave the network trainable and in its mode; otherwise it is frozen and in
-        ``eval()``.
+            ``eval()``.
     """
 
     def __init__(

@@ -14,8 +14,8 @@ def low_rank_covariance(
     r"""Cov[x_0 | x_t = x] = diag(a) + F F'.
 
     A mixture of isotropic or diagonal components has the average of their variances on the
-    diagonal;
-    F F' is the spread of their means :math:`\sum_k r_k (\mu_k - \bar\mu)(\mu_k - \bar\mu)^\top`.
+    diagonal; F F' is the spread of their means
+    :math:`\sum_k r_k (\mu_k - \bar\mu)(\mu_k - \bar\mu)^\top`.
 
     Returns:
         a of shape ``(*batch, d)`` and F of shape ``(*batch, d, r)``, r at most the smaller of d

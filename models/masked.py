@@ -1,8 +1,7 @@
 r"""Masked (absorbing-state) discrete diffusion.
 
 A token is still masked at t with probability :math:`1 - \alpha_t`. One reverse step reveals each
-masked
-position independently with probability
+masked position independently with probability
 
 .. math:: u_t = \frac{\alpha_{t-1} - \alpha_t}{1 - \alpha_t},
 

@@ -16,10 +16,9 @@ class Team(Process):
     """Several processes of one program as one statement: ``team("ab")`` returns one x_0 per member.
 
     The members are independent given the past. Their flattened states lie side by side in one
-    vector,
-    so ``Controlled(team, control)`` lets agents observe each other. Unhandled, a team emits the
-    sites
-    that its members would emit, and can serve as a guide for a model that declares them one by one.
+    vector, so ``Controlled(team, control)`` lets agents observe each other. Unhandled, a team emits
+    the sites that its members would emit, and can serve as a guide for a model that declares them
+    one by one.
 
     Args:
         agents: the processes by site name, with equal ``num_steps``.

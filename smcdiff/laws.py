@@ -23,7 +23,7 @@ class CovariantNormal(TorchDistribution):
     Args:
         mean: with shape ``(*batch, *event)``.
         diagonal: a > 0, with shape ``(*batch, d)`` or ``(d,)``; d is the number of elements of an
-        event.
+            event.
         factor: F, with shape ``(*batch, d, r)``.
         event_dim: the number of event dimensions.
     """

@@ -1,10 +1,8 @@
 r"""Particles: everything that a run of the engine knows at one step, as a value.
 
 Leading axes are always ``run particle`` (with a ``problem`` axis in front where data are declared
-per
-problem). The log-weights are unnormalised, in float64, and count from the last resampling; what
-they
-were worth before it is kept in ``log_norm``, so that
+per problem). The log-weights are unnormalised, in float64, and count from the last resampling; what
+they were worth before it is kept in ``log_norm``, so that
 
 .. math:: \log \hat Z_t = \text{log\_norm} + \log \frac1N \sum_i e^{\ell_i}
 
@@ -52,7 +50,7 @@ class Step:
     Attributes:
         t: the steps that remain *after* this one.
         ess: effective sample size (a count) of the weights that entered the step's resampling
-        decision.
+            decision.
         khat: Pareto k-hat of those weights (nan where it cannot be estimated).
         max_weight: the largest normalised weight.
         resampled: whether each run was resampled.

@@ -4,11 +4,10 @@ A process is a Markov chain from noise to data,
 
 .. math:: p(x_{T:0}) = p_T(x_T) \prod_{t=T}^{1} p(x_{t-1} \mid x_t),
 
-where :math:`x_0` is data, :math:`x_T` is noise and the integer :math:`t` counts the steps that
-remain.
-``x = prior("x")`` is one Pyro statement. Unhandled, it emits the sample sites ``x_T ... x_0`` and
-the
-deterministic site ``x``; an inference algorithm intercepts it as a whole (an effect of type
+where :math:`x_0` is data, :math:`x_T` is noise and t counts the steps that remain.
+
+``x = prior("x")`` is one Pyro statement. Unhandled, it emits the sample sites ``x_T, ..., x_0`` and
+the deterministic site ``x``; an inference algorithm intercepts it as a whole (an effect of type
 ``"process"``) and puts its particles' estimate of :math:`x_0` in its place.
 """
 
@@ -59,7 +58,7 @@ class Kernel:
 
     Attributes:
         law: :math:`p(x_{t-1} \mid x_t)`, batched over particles; a ``Delta`` where it has no
-        variance.
+            variance.
         denoised: a law of x_0 given x_t (a point, a Gaussian, categorical probabilities).
         covariance: computes the exact covariance diag(a) + F F' of x_0 given x_t, as a of shape
             ``(*batch, d)`` and F of shape ``(*batch, d, r)``, where it is known in closed form.
@@ -99,8 +98,7 @@ class Process(ABC):
 
     @abstractmethod
     def evaluate(self, x: Tensor, t: int, **context: Any) -> Tree:
-        r"""The one network call at :math:`x_t`: a tensor or dict of tensors with the batch on "
-        r"the left."""
+        """The one network call at x_t: a tensor, or a dict of tensors, with the batch on the left."""
 
     @abstractmethod
     def kernel(self, x: Tensor, t: int, evaluation: Tree = None, **context: Any) -> Kernel:

@@ -2,15 +2,13 @@ r"""Programs: ordinary Pyro callables, taken apart for inference.
 
 Under inference a program runs with one flat *particle* axis on the left of all its plates. Every
 process statement receives the particles' estimate of x_0, every ordinary latent its particles'
-values,
-and what remains is the program's log-density as a function of both,
+values, and what remains is the program's log-density as a function of both,
 
 .. math:: \log \gamma(x_0, z) = \sum_{\text{observed}} \log p(y \mid x_0, z)
           + \sum_{\text{factors}} f(x_0, z) + \sum_{\text{latents}} \log p(z \mid x_0, z'),
 
 one number per particle. :class:`Program` finds the processes, the latents and who depends on whom
-by
-running the callable a few times on three particles, and refuses callables that mix particles.
+by running the callable a few times on three particles, and refuses callables that mix particles.
 """
 
 import inspect
@@ -49,8 +47,7 @@ class Program:
 
     Raises:
         ValueError: naming the site, if the callable mixes particles, subsamples its data,
-        conditions a
-            process, names two sites alike, or has processes of unequal ``num_steps``.
+            conditions a process, names two sites alike, or has processes of unequal ``num_steps``.
     """
 
     model: Callable[..., Any]
@@ -117,8 +114,7 @@ class Program:
             state: called with each process :class:`Statement`; returns its x_0 with shape
                 ``(batch, *plates, *event)``.
             latents: values by site, with shape ``(batch, *plates, *event)``; latents that are
-            missing
-                are sampled.
+                missing are sampled.
             batch: the number of particles.
             problems: the problem of each particle, with shape ``(batch,)``.
         """

@@ -1,10 +1,9 @@
 r"""Twists: a look-ahead :math:`\psi_t(x_t)` at the likelihood that a particle will meet at t = 0.
 
-Any positive function gives the right answer; the best one is :math:`\psi_t(x_t) = E[\gamma(x_0)
-\mid
-x_t]`. At t = 0 the engine uses the program itself, so a twist is only asked at t >= 1. A log-twist
-is
-computed once per state and gathered with its particle, never re-evaluated.
+Any positive function gives the right answer; the best one is
+:math:`\psi_t(x_t) = E[\gamma(x_0) \mid x_t]`. At t = 0 the engine uses the program itself, so a
+twist is only asked at t >= 1. A log-twist is computed once per state and gathered with its
+particle, never re-evaluated.
 """
 
 from abc import ABC, abstractmethod
@@ -27,8 +26,7 @@ class View:
     """What can be seen of a batch of particles at one step: the argument of every twist.
 
     The program has been run on ``num_estimates`` estimates of x_0 per particle, laid out estimate
-    by
-    estimate along the particle axis.
+    by estimate along the particle axis.
 
     Attributes:
         x: the states x_t, tracked by autograd if the twist asked for gradients.
@@ -76,8 +74,7 @@ class View:
         """The log-probability of everything that can depend on x_0, at every estimate.
 
         That is the program's log-density without the latents upstream of all processes, whose
-        constant
-        share the engine adds by itself.
+        constant share the engine adds by itself.
         """
         upstream = set(self.program.latents) - self.program.downstream
         return self.log_prob(*(set(self.execution.sites) - upstream))
@@ -122,7 +119,7 @@ class Twist(ABC):
     Attributes:
         needs_gradient: whether ``View.x`` must be tracked by autograd, through the networks.
         needs_program_gradient: whether ``View.execution.states`` must be, through the program
-        alone.
+            alone.
         offers_start: whether its cache at T has what a twisted start needs.
         measures_network: whether log psi itself is made of derivatives of the network.
     """
