@@ -98,7 +98,7 @@ class Process(ABC):
 
     @abstractmethod
     def evaluate(self, x: Tensor, t: int, **context: Any) -> Tree:
-        """The one network call at x_t: a tensor, or a dict of tensors, with the batch on the left."""
+        """The one network call at x_t: a tensor, or a dict of tensors, with the batch in front."""
 
     @abstractmethod
     def kernel(self, x: Tensor, t: int, evaluation: Tree = None, **context: Any) -> Kernel:
