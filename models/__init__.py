@@ -1,38 +1,47 @@
 """What one can sample from: processes, their schedules, exact denoisers and networks."""
 
 from .chain import Chain
+from .continuous import (
+    EDM,
+    ContinuousSchedule,
+    Interpolant,
+    OrnsteinUhlenbeck,
+    RectifiedFlow,
+    SubVariancePreserving,
+    VarianceExploding,
+)
 from .controlled import Controlled
 from .denoisers import Denoiser, EnumeratedDenoiser, GaussianDenoiser, MixtureDenoiser
 from .diffusion import Diffusion
+from .grids import Grid, Schedule
 from .masked import MaskedDiffusion
 from .priors import digit_prior
-from .schedules import (
-    Cosine,
-    FromAlphas,
-    Grid,
-    LogSNR,
-    OrnsteinUhlenbeck,
-    Schedule,
-    VariancePreserving,
-)
+from .schedules import Cosine, FromAlphas, LogSNR, Tabulated, VariancePreserving
 from .team import Team
 
 __all__ = [
     "Chain",
+    "ContinuousSchedule",
     "Controlled",
     "Cosine",
     "Denoiser",
     "Diffusion",
+    "EDM",
     "EnumeratedDenoiser",
     "FromAlphas",
     "GaussianDenoiser",
     "Grid",
+    "Interpolant",
     "LogSNR",
     "MaskedDiffusion",
     "MixtureDenoiser",
     "OrnsteinUhlenbeck",
+    "RectifiedFlow",
     "Schedule",
+    "SubVariancePreserving",
+    "Tabulated",
     "Team",
+    "VarianceExploding",
     "VariancePreserving",
     "digit_prior",
 ]

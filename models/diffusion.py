@@ -24,8 +24,9 @@ from smcdiff.laws import CovariantNormal, normal
 from smcdiff.process import Kernel, Process, Signal, Tree, context_rows, flatten_batch
 
 from .denoisers import Denoiser, GaussianDenoiser, MixtureDenoiser
+from .grids import Grid, Schedule
 from .low_rank import low_rank_covariance
-from .schedules import Grid, Schedule, VariancePreserving
+from .schedules import VariancePreserving
 
 Parameterization = Literal["epsilon", "x0", "v", "score"]
 Variance = Literal["small", "large", "learned", "exact", "mixture"]
