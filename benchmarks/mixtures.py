@@ -2,8 +2,8 @@ r"""Twenty-five modes, linear observations (Cardoso et al. 2024, arXiv 2308.0798
 
     python benchmarks/mixtures.py                # d = 8, 80 and d_y = 1, 2, 4, 20 problems each
     python benchmarks/mixtures.py --problems 4   # a quick look
-    python benchmarks/mixtures.py --dims 800 --dim-y 1 --schedule log-snr --problems 4
-    python benchmarks/mixtures.py --steps 20
+    python benchmarks/mixtures.py --dims 800 --dim-y 1 2 --log-snr 9 -20 --problems 4
+    python benchmarks/mixtures.py --steps 20 --log-snr 1 -12
 
 The prior has the means (-8 i, -8 j) repeated, i, j = -2..2, unit covariances and random weights;
 the score is exact, so what is left is the sampler's error. Printed by cell and method: sliced W1
@@ -57,8 +57,8 @@ class Problem:
         y = operator @ x + noise * torch.randn(dim_y, generator=stream)
         return Problem(denoiser, operator, scales, noise, y)
 
-    def schedule(self, name: str, steps: int) -> Schedule:
-        return LogSNR(9.0, -20.0) if name == "log-snr" else self.adapted(steps)
+    def schedule(self, log_snr: list[float] | None, steps: int) -> Schedule:
+        return LogSNR(*log_snr) if log_snr else self.adapted(steps)
 
     def adapted(self, steps: int) -> FromAlphas:
         """The published grid: alpha falls evenly; levels where noise and data balance stay."""
@@ -146,7 +146,7 @@ def cell(dim: int, dim_y: int, arguments: argparse.Namespace) -> None:
     for name in arguments.methods:
         rows = []
         for seed, problem in enumerate(problems):
-            schedule = problem.schedule(arguments.schedule, arguments.steps)
+            schedule = problem.schedule(arguments.log_snr, arguments.steps)
             prior = Diffusion(
                 problem.denoiser, schedule, num_steps=arguments.steps, variance=arguments.variance
             )
@@ -177,7 +177,9 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=20)
     parser.add_argument("--particles", type=int, default=1000, help="per run; two runs")
     parser.add_argument("--variance", default="exact", help="the kernel's: small, large, exact")
-    parser.add_argument("--schedule", choices=("adapted", "log-snr"), default="adapted")
+    parser.add_argument(
+        "--log-snr", type=float, nargs=2, help="equal steps between these, not the published grid"
+    )
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -46,6 +46,9 @@ class Settings:
         chunk_size: how many particles to evaluate at once (None: all). Bounds memory, changes
             nothing.
         rejuvenation: moves the ordinary latents on the way.
+        smoothing: the share, below 1, of every change of a log-weight that is held back until the
+            next step (at t = 0 all is paid). A look-ahead that errs at one state errs otherwise at
+            the next: its passing errors then do not decide who is resampled. The target stays.
     """
 
     num_particles: int = 256
@@ -54,6 +57,7 @@ class Settings:
     resampler: str = "systematic"
     chunk_size: int | None = None
     rejuvenation: Rejuvenation | None = None
+    smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("num_particles", "num_runs"):
@@ -63,6 +67,15 @@ class Settings:
         if not 0.0 <= self.ess_threshold <= 1.0:
             raise ValueError(
                 f"ess_threshold is a share of the particles in [0, 1], but got {self.ess_threshold}"
+            )
+        if not 0.0 <= self.smoothing < 1.0:
+            raise ValueError(
+                f"smoothing is a share in [0, 1) that is held back, but got {self.smoothing}"
+            )
+        if self.smoothing and self.rejuvenation is not None:
+            raise ValueError(
+                f"smoothing ({self.smoothing}) and rejuvenation exclude each other: a move must "
+                "know the law of the particles, and weights that are held back hide it"
             )
         check_scheme(self.resampler)
         if self.chunk_size is not None and self.chunk_size < 1:
@@ -242,7 +255,8 @@ class Engine:
         increment = after["log_psi"] - cache["log_psi"] - cache.get("prepaid", 0.0)
         if move.log_ratio is not None:
             increment = increment + move.log_ratio
-        log_weights = state.log_weights + increment.reshape(self.axes)
+        due, after = self._hold_back(t, increment, cache, after)
+        log_weights = state.log_weights + due.reshape(self.axes)
         check_log_weights(log_weights, f"at step t = {t - 1}")
         return replace(
             state,
@@ -251,6 +265,17 @@ class Engine:
             cache=self._unflatten(after),
             log_weights=log_weights,
         )
+
+    def _hold_back(
+        self, t: int, increment: Tensor, cache: Tree, after: Tree
+    ) -> tuple[Float64[Tensor, " particle"], Tree]:
+        """What is due now of a log-weight's change, and a cache that knows what is still owed."""
+        if not self.settings.smoothing:
+            return increment, after
+        total = increment + cache.get("owed", 0.0)
+        share = self.settings.smoothing if t > 1 else 0.0
+        owed = torch.where(total.isneginf(), 0.0, share * total)  # what is lost is lost now
+        return total - owed, {**after, "owed": owed}
 
     def _rejuvenate(
         self, state: Particles, moves: Rejuvenation

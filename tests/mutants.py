@@ -31,6 +31,7 @@ MALA = "test_latents.py::test_rejuvenation_leaves_the_target_invariant[mala]"
 PREPAID = "test_masked.py::test_fully_adapted_weights_are_functions_of_the_parent[0.5]"
 RESAMPLED = "test_masked.py::test_resampling_happens_on_what_is_prepaid[1.0]"
 GUIDE = "test_mixtures.py::test_one_particle_knows_the_evidence[no twist]"
+OWED = "test_smoothing.py::test_all_is_paid_in_the_end"
 FENCE = "test_unbiased.py::test_hard_constraint[0]"
 
 
@@ -77,8 +78,8 @@ MUTANTS = (
     engine("log psi_t", INCREMENT, INCREMENT.replace(' - cache["log_psi"]', ""), CHAIN),
     engine(
         "the last weight",
-        "log_weights = state.log_weights + increment.reshape(self.axes)",
-        "log_weights = state.log_weights + (t > 1) * increment.reshape(self.axes)",
+        "log_weights = state.log_weights + due.reshape(self.axes)",
+        "log_weights = state.log_weights + (t > 1) * due.reshape(self.axes)",
         GUIDE,
     ),
     engine(
@@ -126,6 +127,18 @@ MUTANTS = (
         "self.execution.log_joint(names, VIOLATED)",
         "self.execution.log_joint(names)",
         (FENCE,),
+    ),
+    engine(
+        "smoothing: what is owed is forgotten",
+        'total = increment + cache.get("owed", 0.0)',
+        "total = increment",
+        OWED,
+    ),
+    engine(
+        "smoothing: the rest is never paid",
+        "share = self.settings.smoothing if t > 1 else 0.0",
+        "share = self.settings.smoothing",
+        OWED,
     ),
     # resampling
     gather("x", "x=map_tree(gather, self.x),", "x=self.x,", GATHER),

@@ -182,15 +182,12 @@ def test_overconfident_twist_has_weights_of_infinite_variance():
     prior = chain()
     target = path_precision({6: (0.0, 0.0, noised_variance()), **KERNELS})
     target[0, 0] += 1 / 0.25
+    options = {"num_particles": 200, "ess_threshold": 0.0}
     methods = {
-        0.702: SMC(program(prior), num_particles=200, ess_threshold=0.0),
-        0.590: TwistedSMC(program(prior), num_particles=200, ess_threshold=0.0),
+        0.702: SMC(program(prior), **options),
+        0.590: TwistedSMC(program(prior), smoothing=0.0, **options),
         -0.572: TwistedSMC(
-            program(prior),
-            covariance="none",
-            proposal="conjugate",
-            num_particles=200,
-            ess_threshold=0.0,
+            program(prior), covariance="none", proposal="conjugate", smoothing=0.0, **options
         ),
     }
     for smallest, method in methods.items():
