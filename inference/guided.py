@@ -40,7 +40,9 @@ class GuidedProposal(Proposal):
         if set(wanted) != set(offered):
             raise ValueError(
                 f"the guide's process sites {sorted(offered)} do not match the model's "
-                f"{sorted(wanted)}: a guide declares a process for each, with the same name"
+                f"{sorted(wanted)}: a guide declares a process for each, with the same name. A "
+                "guide that samples x_T, ..., x_0 by itself is importance sampling over whole "
+                "paths: pyro.infer.Importance(model, guide)"
             )
         if wanted != offered:
             raise ValueError(

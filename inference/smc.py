@@ -95,7 +95,8 @@ class NoTwist(Twist):
 class SMC(ParticleMethod):
     """Particles of any program, with any twist and any guide.
 
-    With neither it is the bootstrap filter; with ``ess_threshold=0`` it is importance sampling.
+    With neither it is the bootstrap filter; with ``ess_threshold=0`` it is importance sampling, and
+    :meth:`~smcdiff.Posterior.best` of that is best-of-n.
 
     Args:
         model: a Pyro callable with at least one process.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from .averages import Expectation, draw, expectation
@@ -171,8 +171,30 @@ class Posterior:
         Returns:
             Draws by site, with shape ``(*problems, run, n, *plates, *event)``.
         """
+        size = self.particles.num_particles
+        return self._take(draw(self.log_weights, size if n is None else n, scheme))
+
+    @property
+    def log_density(self) -> Float64[Tensor, "*runs particle"]:
+        """The program's log gamma(x_0, z) at every particle: all but the prior of x_0."""
+        log_density: Tensor = self.particles.cache["log_psi"]
+        return log_density
+
+    def best(self) -> Samples:
+        """The particle of each run with the highest :attr:`log_density`: best-of-n.
+
+        An optimum among the particles, not a draw from the posterior: it knows no uncertainty, and
+        with more particles it moves away from the prior.
+
+        Returns:
+            Values by site, with shape ``(*problems, run, *plates, *event)``.
+        """
+        rows = self._take(self.log_density.argmax(-1, keepdim=True))
+        return {name: x.squeeze(len(self.particles.axes) - 1) for name, x in rows.items()}
+
+    def _take(self, indices: Int64[Tensor, "*runs draw"]) -> Samples:
+        """The particles with these numbers in their runs."""
         size, lead = self.particles.num_particles, len(self.particles.axes)
-        indices = draw(self.log_weights, size if n is None else n, scheme)
         start = torch.arange(self.particles.log_norm.numel(), device=indices.device) * size
         rows = indices + start.reshape(*indices.shape[:-1], 1)
         return {name: x.flatten(0, lead - 1)[rows] for name, x in self.samples.items()}

@@ -333,3 +333,19 @@ def test_summary_of_large_sites_problems_and_html():
     posterior = ex.by_hand()
     posterior.particles.x["x"] = torch.zeros(2, 3, 5, 5).double()
     assert "x (5, 5)  0 to 0, average 0" in str(posterior.summary())
+
+
+# ------------------------------------------------------------------------------------------ best
+
+
+def test_best_is_the_particle_of_highest_density():
+    posterior = ex.by_hand()
+    density = torch.tensor([[0.0, -1.0, 0.5], [3.0, -2.0, 0.0]], dtype=torch.float64)
+    posterior.particles.cache["log_psi"] = density
+    best = posterior.best()
+    assert torch.equal(posterior.log_density, density)
+    assert best["x"].shape == (2, *posterior.samples["x"].shape[2:])
+    assert torch.equal(
+        best["x"], torch.stack([posterior.samples["x"][0, 2], posterior.samples["x"][1, 0]])
+    )
+    assert best["k"].tolist() == [2, 2]
