@@ -13,11 +13,13 @@ from .continuous import (
 from .controlled import Controlled
 from .denoisers import Denoiser, EnumeratedDenoiser, GaussianDenoiser, MixtureDenoiser
 from .diffusion import Diffusion
+from .flow import Flow
 from .grids import Grid, Schedule
 from .masked import MaskedDiffusion
 from .priors import digit_prior
 from .schedules import Cosine, FromAlphas, LogSNR, Tabulated, VariancePreserving
 from .team import Team
+from .velocities import ExactVelocity
 
 __all__ = [
     "Chain",
@@ -28,6 +30,8 @@ __all__ = [
     "Diffusion",
     "EDM",
     "EnumeratedDenoiser",
+    "ExactVelocity",
+    "Flow",
     "FromAlphas",
     "GaussianDenoiser",
     "Grid",

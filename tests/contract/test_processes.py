@@ -19,6 +19,7 @@ from smcdiff.models import (
     Controlled,
     Diffusion,
     EnumeratedDenoiser,
+    Flow,
     GaussianDenoiser,
     MaskedDiffusion,
     MixtureDenoiser,
@@ -67,6 +68,10 @@ def network(shape: tuple[int, ...] = (2, 3), **options: Any) -> Diffusion:
     return Diffusion(Counting(size, channels), SHORT, shape, 3, **options)
 
 
+def flow(shape: tuple[int, ...] = (2, 3), **options: Any) -> Flow:
+    return Flow(Counting(torch.Size(shape).numel()), shape, 3, **options)
+
+
 def masked() -> MaskedDiffusion:
     return MaskedDiffusion(Tokens(), 2, 3, num_steps=3)
 
@@ -93,6 +98,11 @@ PROCESSES: dict[str, Callable[[], Process]] = {
     ),
     "Diffusion, exact": lambda: Diffusion(mixture(), SHORT, num_steps=3, variance="exact"),
     "Diffusion, mixture": lambda: Diffusion(mixture(), SHORT, num_steps=3, variance="mixture"),
+    "Flow": flow,
+    "Flow, noise": lambda: flow(noise=0.5, method="euler", data_at=0),
+    "Flow, ODE": lambda: flow(noise=0.0),
+    "Flow, Heun": lambda: flow(noise=0.0, method="heun"),
+    "Flow, torchdiffeq": lambda: flow(noise=0.0, method="rk4"),
     "MaskedDiffusion": masked,
     "Controlled": lambda: Controlled(network(variance="large"), zero, scale=lambda t: 1.1),
     "Controlled, masked": lambda: Controlled(masked(), tilt),
@@ -103,6 +113,7 @@ PROCESSES: dict[str, Callable[[], Process]] = {
     "Team, masked": lambda: Team({"a": masked(), "b": masked()}),
     "Team, controlled": lambda: Controlled(Team({"a": network((2,)), "b": network((3,))}), zero),
     "Chain": lambda: Chain(network((2,)), network((2,))),
+    "Chain, flow": lambda: Chain(network((2,)), flow((2,), noise=0.0)),
     "Chain, linked": lambda: Chain(network((2,)), network((2, 3)), link),
 }
 
