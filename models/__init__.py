@@ -1,6 +1,7 @@
 """What one can sample from: processes, their schedules, exact denoisers and networks."""
 
 from .chain import Chain
+from .classifier_free import ClassifierFree
 from .continuous import (
     EDM,
     ContinuousSchedule,
@@ -13,25 +14,24 @@ from .continuous import (
 from .controlled import Controlled
 from .denoisers import Denoiser, EnumeratedDenoiser, GaussianDenoiser, MixtureDenoiser
 from .diffusion import Diffusion
-from .flow import Flow
 from .grids import Grid, Schedule
 from .masked import MaskedDiffusion
 from .priors import digit_prior
 from .schedules import Cosine, FromAlphas, LogSNR, Tabulated, VariancePreserving
 from .team import Team
-from .velocities import ExactVelocity
+from .thresholding import DynamicThresholding
 
 __all__ = [
     "Chain",
+    "ClassifierFree",
     "ContinuousSchedule",
     "Controlled",
     "Cosine",
     "Denoiser",
     "Diffusion",
+    "DynamicThresholding",
     "EDM",
     "EnumeratedDenoiser",
-    "ExactVelocity",
-    "Flow",
     "FromAlphas",
     "GaussianDenoiser",
     "Grid",

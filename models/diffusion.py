@@ -1,34 +1,45 @@
 r"""Gaussian diffusion models as processes.
 
-A trained network knows :math:`\hat x_0(x_t) = E[x_0 \mid x_t]` in one of its disguises; with the
-tables of a schedule that gives the reverse transitions (Ho et al. 2020; Song et al. 2021, DDIM, for
-:math:`\eta < 1`)
+A trained network knows :math:`\hat x_0(x_t) = E[x_0 \mid x_t]` in one of its disguises
+(`parameterization`); with the tables of a schedule that gives the reverse transitions (Ho et al.
+2020; Song et al. 2021, DDIM, for :math:`\eta < 1`)
 
 .. math::
     x_{t-1} = c_0 \hat x_0 + c_t x_t + \sqrt{V}\, z, \qquad
     c_t = \sqrt{\sigma_{t-1}^2 - \eta^2 \tilde\beta_t} / \sigma_t, \qquad
-    c_0 = \alpha_{t-1} - c_t \alpha_t .
+    c_0 = \alpha_{t-1} - c_t \alpha_t ,
+
+for variance preserving, exploding and any other levels alike.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from smcdiff.laws import CovariantNormal, normal
 from smcdiff.process import Kernel, Process, Signal, Tree, context_rows, flatten_batch
 
-from .denoisers import Denoiser, GaussianDenoiser, MixtureDenoiser
+from .calls import ask, place, scale_of, shape_of
+from .classifier_free import ClassifierFree
+from .denoisers import Denoiser, MixtureDenoiser
 from .grids import Grid, Schedule
 from .low_rank import low_rank_covariance
-from .schedules import VariancePreserving
+from .parameterization import (
+    Parameterization,
+    Time,
+    check_name,
+    network_times,
+    preconditionings,
+    usual_schedule,
+)
+from .thresholding import Clipping, check_clipping, clip
 
-Parameterization = Literal["epsilon", "x0", "v", "score"]
 Variance = Literal["small", "large", "learned", "exact", "mixture"]
 
 
@@ -38,19 +49,26 @@ class Diffusion(Process):
     Args:
         network: ``network(x, time, **context)`` with x of shape ``(batch, *event_shape)`` and time
             of shape ``(batch,)``; or an exact :class:`~smcdiff.models.Denoiser`.
-        schedule: the noise schedule that the network was trained with (None: linear betas).
+        schedule: the noise schedule that the network was trained with (None: linear betas; for
+            ``"edm"`` ``EDM()``, for ``"velocity"`` ``RectifiedFlow()``).
         event_shape: the shape of one sample.
         num_steps: T.
-        parameterization: what the network returns: ``"epsilon"``, ``"x0"``, ``"v"`` or ``"score"``.
+        parameterization: what the network returns: ``"epsilon"``, ``"x0"``, ``"v"``, ``"score"``,
+            ``"velocity"``, or ``"edm"`` (raw, without its preconditioning).
+        sigma_data: the standard deviation in the preconditioning of ``"edm"``.
+        time: what the network is fed: ``"index"`` (integers), ``"sigma"``, ``"log_snr"``,
+            ``"c_noise"``, a function of the grid, or the schedule's own (None).
+        guidance: classifier-free guidance, in one network call with twice the rows.
         eta: 1 for DDPM, 0 for DDIM (a deterministic flow of its source).
         variance: V. ``"small"``: :math:`\eta^2\tilde\beta_t`, zero in the last step. ``"large"``:
             :math:`\beta_t`. ``"learned"``: interpolated in logarithms by the second half of the
             network's channels (Nichol & Dhariwal 2021). ``"exact"``: :math:`\eta^2\tilde\beta_t +
             c_0^2 \mathrm{Cov}[x_0|x_t]`, for exact denoisers. ``"mixture"``: the exact kernel of a
             ``MixtureDenoiser``.
-        clip_denoised: bounds for :math:`\hat x_0`, such as (-1, 1).
-        scale: the standard deviation s of the data, for scalar look-aheads (known for denoisers).
-        source: the law of x_T (None: N(0, I)).
+        clip_denoised: bounds for :math:`\hat x_0`, such as (-1, 1), or ``DynamicThresholding()``.
+        scale: the standard deviation s of the data, for scalar look-aheads (None: that of an exact
+            denoiser, or sigma_data, or 1).
+        source: the law of x_T (None: N(0, I) where variance preserving, else N(0, sigma_T^2 I)).
         context_dims: event dimensions of context tensors by name (0 if not named: labels).
         train: leave the network trainable and in its mode; otherwise it is frozen and in
             ``eval()``.
@@ -64,9 +82,12 @@ class Diffusion(Process):
         num_steps: int = 100,
         *,
         parameterization: Parameterization = "epsilon",
+        sigma_data: float = 0.5,
+        time: Time | Callable[[Grid], Tensor] | None = None,
+        guidance: ClassifierFree | None = None,
         eta: float = 1.0,
         variance: Variance = "small",
-        clip_denoised: tuple[float, float] | None = None,
+        clip_denoised: Clipping = None,
         scale: float | None = None,
         source: Distribution | None = None,
         context_dims: Mapping[str, int] | None = None,
@@ -75,11 +96,15 @@ class Diffusion(Process):
         self.network, self.num_steps, self.eta, self.variance = network, num_steps, eta, variance
         self.parameterization, self.clip_denoised = parameterization, clip_denoised
         self.source, self.context_dims = source, dict(context_dims or {})
-        self.event_shape = _event_shape(network, event_shape)
-        self._check(parameterization, variance, eta, source)
-        self.grid: Grid = (schedule or VariancePreserving()).grid(num_steps)
-        self.scale = _scale(network) if scale is None else scale
-        self.dtype, self.device, self.network_dtype = _place(network)
+        self.guidance, self.event_shape = guidance, shape_of(network, event_shape)
+        self._check(variance, eta, source)
+        self.grid: Grid = (schedule or usual_schedule(parameterization)).grid(num_steps)
+        known = "x0" if self.closed_form else parameterization
+        self.preconditioning = preconditionings(known, self.grid, sigma_data)
+        self.times = network_times(time, self.grid, known)
+        usual = sigma_data if known == "edm" else scale_of(network)
+        self.scale = usual if scale is None else scale
+        self.dtype, self.device, self.network_dtype = place(network)
         if isinstance(network, nn.Module) and not train:
             network.eval().requires_grad_(False)
         self._signals = self._tabulate()
@@ -96,7 +121,7 @@ class Diffusion(Process):
         if self.source is not None:
             return self.source
         zero = torch.zeros(self.event_shape, dtype=self.dtype, device=self.device)
-        return normal(zero, 1.0, len(self.event_shape))
+        return normal(zero, self.grid.terminal_scale**2, len(self.event_shape))
 
     def evaluate(self, x: Tensor, t: int, **context: Any) -> Tree:
         """The network's output, in at least float32, with shape ``(*batch, *event)``."""
@@ -107,11 +132,13 @@ class Diffusion(Process):
             flat = x.reshape(*batch, -1)
             mean = self.network.mean(flat, self.grid.alpha[t].item(), self.grid.sigma[t].item())
             return {"output": mean.reshape(x.shape)}
-        time = torch.full((batch.numel(),), self.grid.time[t].item(), device=x.device)
-        flat = flatten_batch(x, event_dim).to(self.network_dtype)
+        flat = flatten_batch(self.preconditioning[t].c_in * x, event_dim).to(self.network_dtype)
         rows = context_rows(context, batch, self.context_dims)
-        out = self.network(flat, time.to(flat.dtype), **rows)
-        return {"output": self._check_output(out, batch)}
+        if self.guidance is None:
+            out = self._ask(flat, rows, t)
+        else:
+            out = self._guided(self._ask(*self.guidance.both(flat, rows), t))
+        return {"output": out.reshape(*batch, *out.shape[1:])}
 
     def kernel(self, x: Tensor, t: int, evaluation: Tree = None, **context: Any) -> Kernel:
         if evaluation is None:
@@ -125,22 +152,41 @@ class Diffusion(Process):
     def signal(self, t: int) -> Signal:
         return self._signals[t]
 
+    def calls(self, t: int) -> int:
+        return 1 if self.guidance is None else 2
+
+    # ------------------------------------------------------------------------------- the network
+
+    def _ask(self, x: Tensor, rows: dict[str, Any], t: int) -> Tensor:
+        out = ask(self.network, x, self.times[t], rows)
+        channels = 2 if self.variance == "learned" else 1
+        wanted = (len(x), channels * self.event_shape[0], *self.event_shape[1:])
+        if tuple(out.shape) != wanted:
+            raise ValueError(
+                f"the network returned shape {tuple(out.shape)} for a batch of {len(x)}, "
+                f"but event_shape={tuple(self.event_shape)} and variance={self.variance!r} need "
+                f"{wanted}"
+            )
+        return out
+
+    def _guided(self, output: Tensor) -> Tensor:
+        """Half the rows; a learned variance is that of the network with its context."""
+        assert self.guidance is not None
+        guided = self.guidance.combine(output)
+        if self.variance != "learned":
+            return guided
+        dim = -len(self.event_shape)
+        given = output.chunk(2)[0]
+        return torch.cat([guided.chunk(2, dim)[0], given.chunk(2, dim)[1]], dim)
+
     # ---------------------------------------------------------------------------- the transition
 
     def _denoise(self, x: Tensor, t: int, output: Tensor) -> Tensor:
-        alpha, sigma = self.grid.alpha[t].item(), self.grid.sigma[t].item()
+        event_dim = len(self.event_shape)
         if self.variance == "learned":
-            output = output.chunk(2, -len(self.event_shape))[0]
-        match "x0" if self.closed_form else self.parameterization:
-            case "x0":
-                mean = output
-            case "epsilon":
-                mean = (x - sigma * output) / alpha
-            case "v":
-                mean = alpha * x - sigma * output
-            case "score":
-                mean = (x + sigma**2 * output) / alpha
-        return mean if self.clip_denoised is None else mean.clamp(*self.clip_denoised)
+            output = output.chunk(2, -event_dim)[0]
+        mean = self.preconditioning[t].denoised(x, output)
+        return clip(mean, self.clip_denoised, event_dim)
 
     def _law(
         self,
@@ -176,9 +222,9 @@ class Diffusion(Process):
         return grid.alpha[t - 1].item() - c_t * grid.alpha[t].item(), c_t, small
 
     def _learned(self, t: int, output: Tensor) -> Tensor:
-        """exp(f log beta + (1 - f) log beta-tilde), f = (v + 1) / 2."""
+        """exp(f log beta + (1 - f) log beta-tilde), f = (v + 1) / 2; beta-tilde_2 in place of 0."""
         large = self.grid.transition(t).variance.item()
-        small = self.grid.posterior(max(t, 2)).variance.item()
+        small = self.grid.posterior(max(t, 2)).variance.item() if self.num_steps > 1 else large
         share = (output.chunk(2, -len(self.event_shape))[1] + 1) / 2
         return torch.exp(share * math.log(large) + (1 - share) * math.log(small))
 
@@ -221,15 +267,12 @@ class Diffusion(Process):
 
     # -------------------------------------------------------------------------------- bad input
 
-    def _check(
-        self, parameterization: str, variance: str, eta: float, source: Distribution | None
-    ) -> None:
-        if parameterization not in ("epsilon", "x0", "v", "score"):
-            raise ValueError(
-                "parameterization must be 'epsilon', 'x0', 'v' or 'score', got "
-                f"{parameterization!r}"
-            )
-        if variance not in ("small", "large", "learned", "exact", "mixture"):
+    def _check(self, variance: str, eta: float, source: Distribution | None) -> None:
+        check_name(self.parameterization)
+        check_clipping(self.clip_denoised)
+        if self.closed_form and self.guidance is not None:
+            raise ValueError("an exact denoiser is not conditional: leave the guidance out")
+        if variance not in get_args(Variance):
             raise ValueError(
                 "variance must be 'small', 'large', 'learned', 'exact' or 'mixture', got "
                 f"{variance!r}"
@@ -255,49 +298,3 @@ class Diffusion(Process):
                 f"an exact denoiser is not conditional, but got the context {sorted(context)}: it "
                 "would be ignored. Leave it out, or use a network that takes it"
             )
-
-    def _check_output(self, out: Tensor, batch: Size) -> Tensor:
-        if not isinstance(out, Tensor) or not out.is_floating_point():
-            got = f"dtype {out.dtype}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
-            raise ValueError(
-                f"the network returned {got}, but a tensor of floating-point numbers is needed: "
-                "wrap it, as in lambda x, time: network(x, time).sample"
-            )
-        channels = 2 if self.variance == "learned" else 1
-        wanted = (channels * self.event_shape[0], *self.event_shape[1:])
-        if tuple(out.shape) != (batch.numel(), *wanted):
-            raise ValueError(
-                f"the network returned shape {tuple(out.shape)} for a batch of {batch.numel()}, "
-                f"but event_shape={tuple(self.event_shape)} and variance={self.variance!r} need "
-                f"{(batch.numel(), *wanted)}"
-            )
-        return out.to(torch.promote_types(out.dtype, torch.float32)).reshape(*batch, *wanted)
-
-
-def _event_shape(network: object, event_shape: Sequence[int] | None) -> Size:
-    if event_shape is not None:
-        return Size(event_shape)
-    if isinstance(network, GaussianDenoiser):
-        network = network.mixture
-    if isinstance(network, MixtureDenoiser):
-        return network.means.shape[-1:]
-    raise ValueError("event_shape is needed: the shape of one sample, such as (1, 28, 28)")
-
-
-def _scale(network: object) -> float:
-    """The root mean square deviation of the data: known for exact denoisers, else 1."""
-    if not isinstance(network, Denoiser):
-        return 1.0
-    dim = _event_shape(network, None)
-    far = network.covariance(torch.zeros(dim), 0.0, 1.0)  # nothing is known of x_0 there
-    return math.sqrt(far.diagonal(dim1=-2, dim2=-1).mean().item())
-
-
-def _place(network: object) -> tuple[torch.dtype, torch.device, torch.dtype]:
-    """The dtype of states (at least float32), the device, and the network's own dtype."""
-    tensors = []
-    if isinstance(network, nn.Module):
-        tensors = [p for p in (*network.parameters(), *network.buffers()) if p.is_floating_point()]
-    own = tensors[0].dtype if tensors else torch.get_default_dtype()
-    device = tensors[0].device if tensors else torch.device("cpu")
-    return torch.promote_types(own, torch.float32), device, own

@@ -1,0 +1,67 @@
+"""What is known of a network that comes from outside, and one call of it."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from .denoisers import Denoiser, GaussianDenoiser, MixtureDenoiser
+
+
+def place(network: object) -> tuple[torch.dtype, torch.device, torch.dtype]:
+    """The dtype of states (at least float32), the device, and the network's own dtype."""
+    tensors = []
+    if isinstance(network, nn.Module):
+        tensors = [p for p in (*network.parameters(), *network.buffers()) if p.is_floating_point()]
+    own = tensors[0].dtype if tensors else torch.get_default_dtype()
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return torch.promote_types(own, torch.float32), device, own
+
+
+def ask(network: Callable[..., Tensor], x: Tensor, time: Tensor, rows: Mapping[str, Any]) -> Tensor:
+    """The network's output for a batch, in at least float32.
+
+    Args:
+        network: ``network(x, time, **rows)``.
+        x: states in the network's dtype, with shape ``(batch, *event)``.
+        time: one time for all, fed with shape ``(batch,)``: as integers if it is one, else in the
+            network's dtype; in float32 to networks in bfloat16, whose 8 bits cannot tell 999 from
+            1000.
+        rows: context, with the batch in front.
+
+    Raises:
+        ValueError: the output is no tensor of floating-point numbers.
+    """
+    exact = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+    dtype = exact if time.is_floating_point() else time.dtype
+    times = torch.full((len(x),), time.item(), dtype=dtype, device=x.device)
+    out = network(x, times, **rows)
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        got = f"dtype {out.dtype}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise ValueError(
+            f"the network returned {got}, but a tensor of floating-point numbers is needed: "
+            "wrap it, as in lambda x, time: network(x, time).sample"
+        )
+    return out.to(torch.promote_types(out.dtype, torch.float32))
+
+
+def shape_of(network: object, event_shape: Sequence[int] | None) -> Size:
+    """The shape of one sample: known for exact denoisers, else to be given."""
+    if event_shape is not None:
+        return Size(event_shape)
+    if isinstance(network, GaussianDenoiser):
+        network = network.mixture
+    if isinstance(network, MixtureDenoiser):
+        return network.means.shape[-1:]
+    raise ValueError("event_shape is needed: the shape of one sample, such as (1, 28, 28)")
+
+
+def scale_of(network: object) -> float:
+    """The root mean square deviation of the data: known for exact denoisers, else 1."""
+    if not isinstance(network, Denoiser):
+        return 1.0
+    dim = shape_of(network, None)
+    far = network.covariance(torch.zeros(dim), 0.0, 1.0)  # nothing is known of x_0 there
+    return math.sqrt(far.diagonal(dim1=-2, dim2=-1).mean().item())

@@ -1,0 +1,72 @@
+r"""Classifier-free guidance (Ho & Salimans 2022) as a process's own kernel.
+
+.. math:: F_{guided}(x_t) = F(x_t, \varnothing) + w\, (F(x_t, \mathrm{context})
+                            - F(x_t, \varnothing)).
+
+All parameterisations are affine in the network's output, so this is the same for each of them. The
+guided kernel is the prior: model and weights use the same one, and nothing remains to be corrected.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Rows = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ClassifierFree:
+    """Two rows of one batched network call for every state: with the context, and without.
+
+    Attributes:
+        scale: w. 1 is the conditional network, 0 the unconditional one.
+        null: what stands for "no context", by name: a number or a tensor with the shape of one
+            row's context, such as ``{"label": 10}`` or the embedding of an empty prompt. Context
+            that is not named here is given to both.
+    """
+
+    scale: float
+    null: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.null:
+            raise ValueError(
+                "classifier-free guidance needs to know what 'no context' is: null={'label': 10}"
+            )
+
+    def both(self, x: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
+        """The states twice, first with their context and then without.
+
+        Args:
+            x: with shape ``(batch, *event)``.
+            rows: context by name, tensors with the batch in front.
+        """
+        missing = [n for n in self.null if not isinstance(rows.get(n), Tensor)]
+        if missing:
+            raise ValueError(
+                f"guidance needs the context {missing} as tensors, as in prior('x', label=tensor), "
+                f"but got {sorted(rows)}"
+            )
+        without = {n: self._null(n, rows[n]) if n in self.null else v for n, v in rows.items()}
+        twice = {
+            n: torch.cat([v, without[n]]) if isinstance(v, Tensor) else v for n, v in rows.items()
+        }
+        return torch.cat([x, x]), twice
+
+    def _null(self, name: str, given: Tensor) -> Tensor:
+        null = torch.as_tensor(self.null[name]).to(given)
+        try:
+            return null.expand_as(given)
+        except RuntimeError as error:
+            raise ValueError(
+                f"null[{name!r}] has shape {tuple(null.shape)}, but one row of the context has "
+                f"{tuple(given.shape[1:])}"
+            ) from error
+
+    def combine(self, output: Tensor) -> Tensor:
+        """The guided output, with shape ``(batch, *out)``, from ``(2 * batch, *out)``."""
+        given, null = output.chunk(2)
+        return null + self.scale * (given - null)
