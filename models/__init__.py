@@ -14,12 +14,14 @@ from .continuous import (
 from .controlled import Controlled
 from .denoisers import Denoiser, EnumeratedDenoiser, GaussianDenoiser, MixtureDenoiser
 from .diffusion import Diffusion
+from .flow import Flow
 from .grids import Grid, Schedule
 from .masked import MaskedDiffusion
 from .priors import digit_prior
 from .schedules import Cosine, FromAlphas, LogSNR, Tabulated, VariancePreserving
 from .team import Team
 from .thresholding import DynamicThresholding
+from .velocities import ExactVelocity
 
 __all__ = [
     "Chain",
@@ -32,6 +34,8 @@ __all__ = [
     "DynamicThresholding",
     "EDM",
     "EnumeratedDenoiser",
+    "ExactVelocity",
+    "Flow",
     "FromAlphas",
     "GaussianDenoiser",
     "Grid",
