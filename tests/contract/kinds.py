@@ -15,6 +15,7 @@ from smcdiff.models import (
     Controlled,
     Diffusion,
     EnumeratedDenoiser,
+    Flow,
     GaussianDenoiser,
     MaskedDiffusion,
     VariancePreserving,
@@ -65,6 +66,11 @@ def exact(variance: str = "exact") -> Process:
 @cache
 def network() -> Process:
     return Diffusion(Linear(2), SHORT, (1, 2), num_steps=2, variance="large")
+
+
+@cache
+def flow() -> Process:
+    return Flow(Linear(2), (1, 2), 2, noise=1.0, method="euler", data_at=0)
 
 
 @cache
@@ -135,6 +141,7 @@ class Kind:
 KINDS = {
     "exact": Kind(exact, lambda: Controlled(exact("large"), drift), 1),
     "network": Kind(network, lambda: Controlled(network(), drift), 2, 0.7),
+    "flow": Kind(flow, lambda: Controlled(flow(), drift), 2),
     "chain": Kind(chain, lambda: Controlled(chain(), drift_and_widen), 2, 0.4),
     "masked": Kind(masked, lambda: Controlled(masked(), tilt), 1, discrete=True),
 }
