@@ -121,7 +121,7 @@ class DenoisedLikelihood(Twist):
             log_psi = log_psi + likelihood  # differentiable in the latents, for rejuvenation
             if self._curved:
                 cache = {"slope": _rows(slope, view.batch), "noise": _rows(noise, view.batch)}
-            if self._by_slope:
+            if self._by_slope or self._in_pure_noise(view):
                 cache["direction"] = (slope.mT @ solved[..., None])[..., 0]
             else:
                 surrogate = surrogate - (solved * seen.residual).sum(-1)
@@ -167,6 +167,11 @@ class DenoisedLikelihood(Twist):
             for t in (view.t - 1, view.t)
         )
         return torch.where(now > 0, after / now, 0.0)  # pure noise points nowhere
+
+    def _in_pure_noise(self, view: View) -> bool:
+        """Whether x_t says nothing about x_0: gradients in it are zero, wherever x_0 should go."""
+        alpha = stacked_levels(view.program, self.names, view.x, view.t, "alpha")
+        return not bool(alpha.any())
 
     def _for_the_start(self, view: View, matrix: Tensor, seen: Observations) -> dict[str, Tensor]:
         """What a twisted start needs: the look-ahead from x_T itself."""
