@@ -62,6 +62,6 @@ def scale_of(network: object) -> float:
     """The root mean square deviation of the data: known for exact denoisers, else 1."""
     if not isinstance(network, Denoiser):
         return 1.0
-    dim = shape_of(network, None)
-    far = network.covariance(torch.zeros(dim), 0.0, 1.0)  # nothing is known of x_0 there
+    x = torch.zeros(shape_of(network, None), dtype=torch.float64, device=place(network)[1])
+    far = network.covariance(x, 0.0, 1.0)  # nothing is known of x_0 there
     return math.sqrt(far.diagonal(dim1=-2, dim2=-1).mean().item())
