@@ -132,7 +132,7 @@ class Diffusion(Process):
             flat = x.reshape(*batch, -1)
             mean = self.network.mean(flat, self.grid.alpha[t].item(), self.grid.sigma[t].item())
             return {"output": mean.reshape(x.shape)}
-        flat = flatten_batch(self.preconditioning[t].c_in * x, event_dim).to(self.network_dtype)
+        flat = flatten_batch(self.preconditioning[t].fed(x), event_dim).to(self.network_dtype)
         rows = context_rows(context, batch, self.context_dims)
         if self.guidance is None:
             out = self._ask(flat, rows, t)

@@ -48,8 +48,14 @@ class Preconditioning:
     c_out: float
     c_in: float = 1.0
 
+    def fed(self, x: Tensor) -> Tensor:
+        """What the network sees of x."""
+        return x if self.c_in == 1.0 else self.c_in * x
+
     def denoised(self, x: Tensor, output: Tensor) -> Tensor:
         """The estimate of x_0, with the shape of x."""
+        if (self.c_skip, self.c_out) == (0.0, 1.0):
+            return output
         return self.c_skip * x + self.c_out * output
 
 

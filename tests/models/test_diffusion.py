@@ -68,11 +68,12 @@ def law_at(schedule: Schedule, num_steps: int, t: int) -> CovariantNormal:
 # -------------------------------------------------------------------------------- exact marginals
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @every_schedule
-def test_exact_chain_has_the_exact_marginals(schedule: Schedule) -> None:
-    """At every step, from a few steps of any size."""
-    start = law_at(schedule, STEPS, STEPS)
-    prior = Diffusion(gaussian(), schedule, num_steps=STEPS, variance="exact", source=start)
+def test_exact_chain_has_the_exact_marginals(schedule: Schedule, eta: float) -> None:
+    """At every step, from a few steps of any size, whatever is kept of the noise."""
+    settings: Any = {"num_steps": STEPS, "variance": "exact", "eta": eta}
+    prior = Diffusion(gaussian(), schedule, **settings, source=law_at(schedule, STEPS, STEPS))
     mean, covariance = noised(prior.grid.alpha[-1], prior.grid.sigma[-1])
     for t in range(STEPS, 0, -1):
         slope, offset, variance = affine(prior, t)
