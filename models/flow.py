@@ -49,7 +49,8 @@ class Flow(Process):
             where only the source is random: for NUTS. SMC needs noise, to
             let copies of a particle part.
         method: ``"exponential"``: exact up to the change of the network's estimates within a step;
-            its last step has no variance. ``"euler"``: Euler-Maruyama. For the ODE also
+            its last step has no variance; for a noise that vanishes at the data (with one that does
+            not, the error falls slower than 1/T). ``"euler"``: Euler-Maruyama. For the ODE also
             ``"midpoint"`` and ``"heun"`` (two calls per step), and the solvers of torchdiffeq
             (extra ``ode``): ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"``,
             ``"adaptive_heun"``, ``"rk4"``. Adaptive ones choose their substeps for the whole batch,
@@ -123,7 +124,7 @@ class Flow(Process):
         s, after = self.grid.time[t].item(), self.grid.time[t - 1].item()
         count = 0
 
-        def field(state: Tensor, at: float) -> Tensor:
+        def field(state: Tensor, at: float | Tensor) -> Tensor:
             nonlocal count
             count += 1
             return self._ask(state, at, context)
@@ -156,13 +157,13 @@ class Flow(Process):
         """For solvers of torchdiffeq: those of the last evaluation (at first 1, as a guess)."""
         return STAGES.get(self.method) or self._counted.get(t, 1)
 
-    def _ask(self, x: Tensor, s: float, context: dict[str, Any]) -> Tensor:
+    def _ask(self, x: Tensor, s: float | Tensor, context: dict[str, Any]) -> Tensor:
         """dx/ds: the network's velocity, in this package's direction of time."""
         event_dim = len(self.event_shape)
         batch = x.shape[: x.dim() - event_dim]
         at = 1.0 - s if self.data_at == 1 else s
         flat = flatten_batch(x, event_dim).to(self.network_dtype)
-        time = torch.full((batch.numel(),), at, dtype=flat.dtype, device=x.device)
+        time = torch.as_tensor(at, dtype=flat.dtype, device=x.device).repeat(batch.numel())
         out = self.velocity(flat, time, **context_rows(context, batch, self.context_dims))
         out = self._check_output(out, batch)
         return -out if self.data_at == 1 else out
@@ -222,7 +223,7 @@ class Flow(Process):
                 f"another source take noise=0.0 (the ODE), got noise={self.noise!r}"
             )
 
-    def _check_output(self, out: Tensor, batch: Size) -> Tensor:
+    def _check_output(self, out: Any, batch: Size) -> Tensor:
         wanted = (batch.numel(), *self.event_shape)
         if not isinstance(out, Tensor) or not out.is_floating_point() or out.shape != wanted:
             got = f"{out.dtype} of shape {tuple(out.shape)}" if isinstance(out, Tensor) else out

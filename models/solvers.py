@@ -14,7 +14,7 @@ proposition 1) is, in a time :math:`\tau = 1 - s` that runs from noise to data,
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from torch import Tensor
 from .continuous import ContinuousSchedule
 from .velocities import Levels
 
-Noise = float | Literal["memoryless"] | Callable[[float], float]
-Field = Callable[[Tensor, float], Tensor]  # the velocity at a state and a time s
+Noise = float | str | Callable[[float], float]  # the only word is "memoryless"
+Field = Callable[[Tensor, float | Tensor], Tensor]  # the velocity at a state and a time s
 
 STAGES = {"exponential": 1, "euler": 1, "midpoint": 2, "heun": 2}  # calls per step
 TORCHDIFFEQ = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "rk4")
@@ -130,16 +130,21 @@ def integrate(
             the steps; None differentiates the solver itself.
     """
     solvers = require_torchdiffeq()
-    times = torch.tensor([s, after], dtype=x.dtype, device=x.device)
+    times = torch.tensor([0.0, s - after], dtype=x.dtype, device=x.device)  # spent so far
+
+    def rate(spent: Tensor, state: Tensor) -> Tensor:
+        return -field(state, s - spent)  # adaptive steps depend on x: the time has a gradient
+
+    def at(end: int) -> dict[str, Any]:
+        """No solver may step beyond an end, to ask at times that the network never saw."""
+        return {} if method == "rk4" else {"step_t": times[end:][:1]}
+
     options: dict[str, Any] = {"method": method, "rtol": tolerance, "atol": tolerance}
-
-    def rate(time: Tensor, state: Tensor) -> Tensor:
-        return field(state, time.item())
-
     if adjoint is None:
-        end = solvers.odeint(rate, x, times, **options)[-1]
+        end = solvers.odeint(rate, x, times, options=at(1), **options)[-1]
     else:
-        end = solvers.odeint_adjoint(rate, x, times, adjoint_params=tuple(adjoint), **options)[-1]
+        options |= {"adjoint_params": tuple(adjoint), "adjoint_options": at(0)}
+        end = solvers.odeint_adjoint(rate, x, times, options=at(1), **options)[-1]
     return (x - end) / (s - after)
 
 

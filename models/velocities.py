@@ -110,9 +110,11 @@ def levels(grid: Grid) -> list[Levels]:
 
 def levels_at(schedule: ContinuousSchedule, s: float) -> Levels:
     """The levels of a schedule at one time s > 0."""
-    at = torch.tensor(s, dtype=torch.float64)
-    both = torch.func.jvp(schedule.level, (at,), (torch.ones_like(at),))
-    return Levels(s, *(each.item() for each in (*both[0], *both[1])))
+    with torch.enable_grad():
+        at = torch.tensor([s], dtype=torch.float64, requires_grad=True)
+        both = schedule.level(at)
+        rates = [torch.autograd.grad(each, at)[0].item() for each in both]
+    return Levels(s, both[0].item(), both[1].item(), *rates)
 
 
 class ExactVelocity(nn.Module):
