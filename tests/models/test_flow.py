@@ -234,7 +234,7 @@ def exact_map(x: Tensor) -> Tensor:
 )
 def test_order_of_convergence(name: str, method: str, order: int) -> None:
     x = torch.tensor([[-1.5], [0.3], [2.0]]).double()
-    sizes = [4, 8, 16] if order == 4 else [50, 100, 200]
+    sizes = [4, 8, 16] if order == 4 else [25, 50, 100]
     errors = [
         float(
             (run(flow(n, SCHEDULES[name], noise=0.0, method=method), x) - exact_map(x)).abs().max()
@@ -244,7 +244,7 @@ def test_order_of_convergence(name: str, method: str, order: int) -> None:
     assert slope(sizes, errors) > order - 0.2  # some gain one on a straight path
     if name == "cosine":
         assert slope(sizes, errors) < order + 0.2
-    assert errors[-1] < (0.02 if order == 1 else 1e-4)
+    assert errors[-1] < (0.03 if order == 1 else 1e-3)
 
 
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"])
@@ -355,14 +355,14 @@ def marginals(process: Flow, schedule: ContinuousSchedule) -> Tensor:
 @preserving
 def test_all_noises_have_the_same_marginals(name: str, noise: str, method: str) -> None:
     """Up to an error that falls as 1/T, at all times below 0.9."""
-    schedule, sizes = SCHEDULES[name], [50, 100, 200]
+    schedule, sizes = SCHEDULES[name], [25, 50, 100]
     errors = []
     for n in sizes:
         process = flow(n, schedule, noise=NOISES[noise], method=method)
         errors.append(float(marginals(process, schedule)[n // 10 :].max()))
     slow = noise == "constant" and method == "exponential"  # freezes what it should follow
     assert (0.5 if slow else 0.8) < slope(sizes, errors) < 1.2
-    assert errors[-1] < 0.06
+    assert errors[-1] < 12 / sizes[-1]
 
 
 @preserving
@@ -400,37 +400,39 @@ def controlled(num_steps: int) -> Controlled:
     return Controlled(base, control)
 
 
-def expected_cost(process: Controlled) -> float:
-    """E[1/2 sum |u|^2 + g(x_0)], by following the moments."""
-    mean, variance, cost = torch.zeros(1).double(), torch.ones(1, 1).double(), 0.0
+def line(values: Tensor) -> tuple[float, float]:
+    """Slope and offset, from the values at 0 and 1."""
+    return float(values[1] - values[0]), float(values[0])
+
+
+def outcome(process: Controlled) -> tuple[float, float, float]:
+    """Mean and variance of x_0, and E[1/2 sum |u|^2 + g(x_0)], by following the moments."""
+    mean, variance, cost = 0.0, 1.0, 0.0
     for t in range(process.num_steps, 0, -1):
-        ends = process.evaluate(torch.tensor([[0.0], [1.0]]).double(), t)["control"]
-        offset, gain = float(ends[0]), float(ends[1] - ends[0])
-        cost += 0.5 * ((offset + gain * float(mean)) ** 2 + gain**2 * float(variance))
-        a, b, v = affine(process, t)
-        mean, variance = a @ mean + b, a @ variance @ a.mT + v
-    return cost + 2 * float(variance) + 2 * (float(mean) - 3) ** 2
+        x = torch.tensor([[0.0], [1.0]]).double()
+        evaluation = process.evaluate(x, t)
+        law = process.kernel(x, t, evaluation).law
+        (a, b), (gain, offset) = (line(rows) for rows in (law.mean, evaluation["control"]))
+        cost += 0.5 * ((gain * mean + offset) ** 2 + gain**2 * variance)
+        mean, variance = a * mean + b, a**2 * variance + float(law.variance[0])
+    return mean, variance, cost + 2 * variance + 2 * (mean - 3) ** 2
 
 
 @pytest.mark.parametrize(("steps", "mean", "variance", "cost"), FIGURES)
 def test_figures_of_the_memoryless_control(
     steps: int, mean: float, variance: float, cost: float
 ) -> None:
-    process = controlled(steps)
-    found = [float(each) for each in moments(process)]
+    found = outcome(controlled(steps))
     assert abs(found[0] - mean) < 2e-3  # of samples
     assert abs(found[1] - variance) < 5e-4
-    assert abs(expected_cost(process) - cost) < 1e-2
+    assert abs(found[2] - cost) < 1e-2
 
 
 def test_bias_of_the_memoryless_control_falls_with_the_steps() -> None:
     sizes = [100, 200, 400]
-    processes = [controlled(n) for n in sizes]
-    found = [[float(each) for each in moments(p)] for p in processes]
-    for position, truth in enumerate((2.0, 0.125)):
-        assert 0.9 < slope(sizes, [abs(each[position] - truth) for each in found]) < 1.1
-    costs = [abs(expected_cost(p) + EVIDENCE) for p in processes]
-    assert 0.9 < slope(sizes, costs) < 1.1
+    found = [outcome(controlled(n)) for n in sizes]
+    for values, truth in zip(zip(*found, strict=True), (2.0, 0.125, -EVIDENCE), strict=True):
+        assert 0.9 < slope(sizes, [abs(value - truth) for value in values]) < 1.1
 
 
 # ----------------------------------------------------------------------------------- inference
@@ -506,10 +508,10 @@ def test_velocities_agree() -> None:
     torch.testing.assert_close(straight_velocity(x, time), ExactVelocity(gaussian())(x, time))
 
 
-@pytest.mark.parametrize(("method", "steps"), [("exponential", 4), ("heun", 2), ("dopri5", 1)])
+@pytest.mark.parametrize(("method", "steps"), [("exponential", 2), ("heun", 2)])
 def test_nuts_in_source_space(method: str, steps: int) -> None:
-    prior = Flow(straight_velocity, (1,), steps, noise=0.0, method=method, tolerance=1e-4)
-    mcmc = MCMC(NUTS(observed(prior)), num_samples=150, warmup_steps=50, disable_progbar=True)
+    prior = Flow(straight_velocity, (1,), steps, noise=0.0, method=method)
+    mcmc = MCMC(NUTS(observed(prior)), num_samples=100, warmup_steps=30, disable_progbar=True)
     mcmc.run()
     draws = mcmc.get_samples(group_by_chain=True)
     assert set(draws) == {f"x_{steps}"}
@@ -519,7 +521,7 @@ def test_nuts_in_source_space(method: str, steps: int) -> None:
         size = float(effective_sample_size(values[None])[0])
         error = float(values.std()) / size**0.5
         assert abs(float(values.mean()) - truth) < BOUND * error
-        assert error < 0.1
+        assert error < 0.12
 
 
 # -------------------------------------------------------------------------------------- source
