@@ -116,11 +116,13 @@ class DenoisedLikelihood(Twist):
             matrix = self._matrix(view, seen)
             slope, noise = self.linearise(view, matrix, seen, view.t - 1)
             spread = self._spread(view, matrix, seen, slope, noise)
-            likelihood, solved = log_normal(seen.residual, spread)
+            factor = torch.linalg.cholesky(spread)
+            likelihood, solved = log_normal(seen.residual, factor)
             solved = solved.detach()
             log_psi = log_psi + likelihood  # differentiable in the latents, for rejuvenation
             if self._curved:
-                cache = {"slope": _rows(slope, view.batch), "noise": _rows(noise, view.batch)}
+                local = {"slope": slope, "noise": noise, "total": factor.detach()}
+                cache = {name: _rows(part, view.batch) for name, part in local.items()}
             if self._by_slope or self._in_pure_noise(view):
                 cache["direction"] = (slope.mT @ solved[..., None])[..., 0]
             else:

@@ -89,11 +89,13 @@ class LocalTwist:
         direction: :math:`V^{-1} s`, the gradient of the look-ahead, with shape ``(particle, d)``.
         slope: K, with shape ``(particle or 1, d_y, d)``, or None for no curvature.
         noise: R, with shape ``(particle or 1, d_y, d_y)``.
+        total: the Cholesky factor of S, if it is known already.
     """
 
     direction: Float64[Tensor, "particle d"]
     slope: Tensor | None = None
     noise: Tensor | None = None
+    total: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,12 @@ class TwistedStep:
     @cached_property
     def _curvature(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """K, and the Cholesky factors of R and of S."""
-        slope, noise = self.local.slope, self.local.noise
+        slope, noise, total = self.local.slope, self.local.noise, self.local.total
         if slope is None or noise is None:
             return None
-        total = noise + self.covariance.between(slope)
-        return slope, torch.linalg.cholesky(noise), torch.linalg.cholesky(total)
+        if total is None:
+            total = torch.linalg.cholesky(noise + self.covariance.between(slope))
+        return slope, torch.linalg.cholesky(noise), total
 
     def sample(self) -> Float64[Tensor, "particle d"]:
         """Offsets e ~ q."""
@@ -145,10 +148,9 @@ def log_diagonal(factor: Tensor) -> Tensor:
 
 
 def log_normal(
-    residual: Float64[Tensor, "particle y"], covariance: Tensor
+    residual: Float64[Tensor, "particle y"], factor: Tensor
 ) -> tuple[Float64[Tensor, " particle"], Float64[Tensor, "particle y"]]:
-    """log N(r; 0, S) and S^{-1} r, for S with shape ``(particle or 1, y, y)``."""
-    factor = torch.linalg.cholesky(covariance)
+    """log N(r; 0, S) and S^{-1} r, for the Cholesky factor of S, ``(particle or 1, y, y)``."""
     # one covariance for all particles: they are the columns of one right-hand side
     columns = residual.mT[None] if len(factor) == 1 else residual[..., None]
     white = torch.linalg.solve_triangular(factor, columns, upper=False)

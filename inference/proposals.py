@@ -158,7 +158,7 @@ class TwistedKernel(Proposal):
         direction = self._limited(covariance, self.temper * twist["direction"])
         local = LocalTwist(direction)
         if self.curvature and "slope" in twist:
-            local = LocalTwist(direction, twist["slope"], twist["noise"])
+            local = LocalTwist(direction, twist["slope"], twist["noise"], twist.get("total"))
         moved, log_ratio = self._draw(laws, covariance, local, x)
         return Move({**moved, **discrete}, log_ratio)
 

@@ -86,7 +86,7 @@ class Tempered(Twist):
         power = (
             exponent if isinstance(exponent, float) else exponent(view.t, view.program.num_steps)
         )
-        cache = dict(value.cache)
+        cache = {name: part for name, part in value.cache.items() if name != "total"}
         if "direction" in cache:
             cache["direction"] = cache["direction"] * power
         for noise in ("noise", "start_noise"):
