@@ -18,6 +18,7 @@ from smcdiff.models import (
     Flow,
     GaussianDenoiser,
     MaskedDiffusion,
+    VarianceExploding,
     VariancePreserving,
 )
 
@@ -66,6 +67,14 @@ def exact(variance: str = "exact") -> Process:
 @cache
 def network() -> Process:
     return Diffusion(Linear(2), SHORT, (1, 2), num_steps=2, variance="large")
+
+
+@cache
+def exploding() -> Process:
+    """Noise without bounds, and a network behind its preconditioning."""
+    schedule = VarianceExploding(0.5, 1.5)
+    settings: Any = {"parameterization": "edm", "variance": "large"}
+    return Diffusion(Linear(2), schedule, (1, 2), num_steps=2, **settings)
 
 
 @cache
@@ -141,6 +150,7 @@ class Kind:
 KINDS = {
     "exact": Kind(exact, lambda: Controlled(exact("large"), drift), 1),
     "network": Kind(network, lambda: Controlled(network(), drift), 2, 0.7),
+    "exploding": Kind(exploding, lambda: Controlled(exploding(), drift), 2, 0.5),
     "flow": Kind(flow, lambda: Controlled(flow(), drift), 2),
     "chain": Kind(chain, lambda: Controlled(chain(), drift_and_widen), 2, 0.4),
     "masked": Kind(masked, lambda: Controlled(masked(), tilt), 1, discrete=True),

@@ -123,7 +123,7 @@ def error(schedule: Schedule, num_steps: int, **options: Any) -> float:
 
 def order(schedule: Schedule, **options: Any) -> float:
     """Minus the slope of log error in log T."""
-    counts = [64, 128, 256]
+    counts = [48, 96, 192]
     errors = [error(schedule, count, **options) for count in counts]
     return -float(np.polyfit(np.log(counts), np.log(errors), 1)[0])
 
@@ -132,7 +132,7 @@ CONVERGING: dict[str, Schedule] = {
     "Ornstein-Uhlenbeck": OrnsteinUhlenbeck(spacing="quadratic"),  # sigma^2 ~ s: no equal steps
     "sub-VP": SubVariancePreserving(spacing="quadratic"),
     "EDM": EDM(0.002, 10.0),
-    "variance exploding": VarianceExploding(1e-4, 10.0),
+    "variance exploding": VarianceExploding(1e-3, 10.0),
     "rectified": RectifiedFlow(),
 }
 
@@ -142,7 +142,7 @@ CONVERGING: dict[str, Schedule] = {
 def test_order_of_convergence(name: str, kind: str) -> None:
     """Weak order 1 in the number of steps, without any sampling."""
     options: Any = {"eta": 0.0} if kind == "flow" else {"variance": kind}
-    assert order(CONVERGING[name], **options) == pytest.approx(1.0, abs=0.12)
+    assert order(CONVERGING[name], **options) == pytest.approx(1.0, abs=0.1)
 
 
 # --------------------------------------------------------------------------------- the first state
