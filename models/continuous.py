@@ -62,12 +62,12 @@ class ContinuousSchedule(Schedule, ABC):
         """alpha and sigma at the times s, differentiable in them."""
 
     def grid(self, num_steps: int) -> Grid:
-        s = self.times(check_num_steps(num_steps))
-        levels, pullback, *_ = torch.func.vjp(self.level, s)
-        one, none = torch.ones_like(s), torch.zeros_like(s)
-        rates = (pullback(cotangents)[0] for cotangents in ((one, none), (none, one)))
-        alpha, sigma = prepend(1.0, levels[0]), prepend(0.0, levels[1])
-        return Grid(alpha, sigma, prepend(0.0, s), Rates(*(prepend(0.0, rate) for rate in rates)))
+        with torch.inference_mode(False), torch.enable_grad():
+            s = self.times(check_num_steps(num_steps)).clone().requires_grad_()
+            levels = self.level(s)
+            rates = Rates(*(prepend(0.0, _derivative(level, s)) for level in levels))
+        alpha, sigma = (level.detach() for level in levels)
+        return Grid(prepend(1.0, alpha), prepend(0.0, sigma), prepend(0.0, s.detach()), rates)
 
     def times(self, num_steps: int) -> Steps:
         """s_1, ..., s_T."""
@@ -243,6 +243,13 @@ class Interpolant(ContinuousSchedule):
 
     def level(self, s: Steps) -> tuple[Steps, Steps]:
         return self.alpha(s), self.sigma(s)
+
+
+def _derivative(values: Steps, s: Steps) -> Steps:
+    if not values.requires_grad:  # they do not depend on s
+        return torch.zeros_like(s)
+    (rate,) = torch.autograd.grad(values.sum(), s, retain_graph=True, materialize_grads=True)
+    return rate.detach()
 
 
 def _check_times(times: Tensor, num_steps: int) -> Float64[Tensor, " steps"]:

@@ -24,6 +24,7 @@ from smcdiff.models import (
     Schedule,
     SubVariancePreserving,
     Tabulated,
+    Team,
     VarianceExploding,
     VariancePreserving,
 )
@@ -237,6 +238,33 @@ def test_one_particle_knows_the_evidence(schedule: Schedule, variance: Any) -> N
 def test_one_particle_knows_the_evidence_of_correlated_data(schedule: Schedule) -> None:
     prior = Diffusion(gaussian(), schedule, num_steps=STEPS, variance="exact")
     assert_one_particle_knows(prior, "jacobian")
+
+
+@pytest.mark.parametrize("covariance", ["scalar", "jacobian"])
+def test_one_particle_knows_the_evidence_of_a_team(covariance: Any) -> None:
+    """Priors of different noise, seen together through their sum."""
+    data = GaussianDenoiser(MEAN, 0.7)
+    agents = {
+        name: Diffusion(data, schedule, num_steps=STEPS, variance="exact")
+        for name, schedule in (("a", VariancePreserving()), ("b", VarianceExploding()))
+    }
+    team = Team(agents)
+
+    def model() -> None:
+        xs = team("x")
+        law = dist.MultivariateNormal((xs["a"] + xs["b"]) @ OPERATOR.T, NOISE)
+        pyro.sample("y", law, obs=Y)
+
+    method = TwistedSMC(
+        model, covariance=covariance, proposal="conjugate", num_particles=1, num_runs=10
+    )
+    *_, last = method.iterate()
+    assert float(last.log_evidence.std()) < 1e-9
+    (one, spread_one), (two, spread_two) = (moments(agent) for agent in agents.values())
+    total = OPERATOR @ (spread_one + spread_two) @ OPERATOR.T + NOISE
+    law = dist.MultivariateNormal(OPERATOR @ (one + two), total)
+    truth = law.log_prob(Y).expand(10)
+    torch.testing.assert_close(last.log_evidence, truth, rtol=0, atol=1e-8)
 
 
 class RawEDM(nn.Module):

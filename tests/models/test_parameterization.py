@@ -26,6 +26,7 @@ from smcdiff.models import (
     Tabulated,
     VarianceExploding,
     VariancePreserving,
+    digit_prior,
 )
 from smcdiff.models.parameterization import Parameterization, Time
 
@@ -354,6 +355,17 @@ def test_learned_variances_are_not_guided() -> None:
     torch.testing.assert_close(output[:, 3:], given[:, 3:])
     null = network(x, torch.zeros(5), 0 * label)
     torch.testing.assert_close(output[:, :3], (null + 3 * (given - null))[:, :3])
+
+
+def test_the_digit_network_is_guided() -> None:
+    """A trained network whose label 10 says "no label"."""
+    plain = digit_prior(10)
+    prior = digit_prior(10, guidance=ClassifierFree(3.0, {"label": 10}))
+    x, label = torch.randn(4, 1, 8, 8), torch.tensor([1, 2, 3, 4])
+    null = plain.evaluate(x, 5)["output"]
+    given = plain.evaluate(x, 5, label=label)["output"]
+    output = prior.evaluate(x, 5, label=label)["output"]
+    torch.testing.assert_close(output, null + 3 * (given - null))
 
 
 @pytest.mark.parametrize("method", [SMC, TwistedSMC])

@@ -386,9 +386,10 @@ def test_levels_are_those_of_the_times(name: str) -> None:
     assert grid.time[-1].item() == pytest.approx(schedule.span[1], rel=1e-12)
 
 
-@torch.no_grad()
-def test_rates_do_not_need_the_gradient_mode() -> None:
-    rates = RectifiedFlow().grid(4).rates
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_rates_do_not_need_the_gradient_mode(mode: Any) -> None:
+    with mode():
+        rates = RectifiedFlow().grid(4).rates
     assert rates is not None
     assert rates.alpha.tolist() == [0, -1, -1, -1, -1]
     assert rates.sigma.tolist() == [0, 1, 1, 1, 1]
