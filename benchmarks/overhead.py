@@ -33,7 +33,7 @@ class Convolutional(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = UNet(1, 64)
+        self.net = UNet(1, (64, 128), heads=0)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         out: Tensor = self.net(x, time)

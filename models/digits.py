@@ -150,10 +150,12 @@ def finish(module: M, tensors: dict[str, Tensor], device: torch.device | str | N
     return module.to(device).eval().requires_grad_(False)
 
 
-def read_weights(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_weights(
+    name: str, script: str = "training/digits.py"
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The settings (JSON in the header) and the tensors of a file that ships with the package."""
     resource = files(__package__) / "weights" / f"{name}.safetensors"
-    again = "reinstall smcdiff, or write the file again with `python training/digits.py`"
+    again = f"reinstall smcdiff, or write the file again with `python {script}`"
     if not resource.is_file():
         raise FileNotFoundError(f"{resource} is missing from this installation: {again}")
     try:

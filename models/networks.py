@@ -12,7 +12,9 @@ The result has the shape of ``x``. What it means (noise, velocity, ...) is decid
 Nothing mixes the samples of a batch, and nothing is random in the forward pass.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int64
@@ -143,30 +145,69 @@ class ConvBlock(nn.Module):
         return self.skip(h) + inner
 
 
+class Attention(nn.Module):
+    """Every place of a small image looks at every other one, with a residual connection."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(math.gcd(8, channels), channels)
+        self.input = nn.Conv2d(channels, 3 * channels, 1)
+        self.output = nn.Conv2d(channels, channels, 1)
+
+    def forward(
+        self, h: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        flat = self.input(self.norm(h)).flatten(2).unflatten(1, (3, self.heads, -1))
+        query, key, value = flat.transpose(-1, -2).unbind(1)
+        mixed = functional.scaled_dot_product_attention(query, key, value)
+        return h + self.output(mixed.transpose(-1, -2).reshape(h.shape))
+
+
 class UNet(nn.Module):
-    """A convolutional network on two scales, for small images with even sides.
+    """A convolutional network on several scales, with attention on the coarsest.
+
+    Each scale halves the sides of the one before. Its first scale sees patches of the image as
+    channels: what costs most in a U-Net is the full size, where little is decided.
 
     Args:
         channels: Number of image channels.
-        width: Number of hidden channels at full size; twice as many at half size.
+        widths: Number of hidden channels per scale, fine to coarse.
         num_classes: Number of classes; 0 for none.
         time_features: Number of cosines and sines that embed the time.
+        patch: Side of a patch; `patch * 2 ** (len(widths) - 1)` divides the sides of the image.
+        heads: Number of attention heads; 0 for no attention.
     """
 
     def __init__(
-        self, channels: int, width: int, num_classes: int = 0, time_features: int = 64
+        self,
+        channels: int,
+        widths: Sequence[int],
+        num_classes: int = 0,
+        time_features: int = 64,
+        patch: int = 1,
+        heads: int = 4,
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        if heads and widths[-1] % heads:
+            raise ValueError(f"heads={heads} must divide the last width, got widths={widths}")
+        self.num_classes, self.patch = num_classes, patch
+        self.divisor = patch * 2 ** (len(widths) - 1)
         self.condition = Conditioning(time_features, num_classes, time_features)
-        self.input = nn.Conv2d(channels, width, 3, padding=1)
-        self.down = ConvBlock(width, width, time_features)
-        self.shrink = nn.Conv2d(width, 2 * width, 2, stride=2)
-        self.middle1 = ConvBlock(2 * width, 2 * width, time_features)
-        self.middle2 = ConvBlock(2 * width, 2 * width, time_features)
-        self.grow = nn.ConvTranspose2d(2 * width, width, 2, stride=2)
-        self.up = ConvBlock(2 * width, width, time_features)
-        self.output = nn.Conv2d(width, channels, 3, padding=1)
+        first, last, pairs = widths[0], widths[-1], list(itertools.pairwise(widths))
+        self.input = nn.Conv2d(channels * patch**2, first, 3, padding=1)
+        self.downs = nn.ModuleList(ConvBlock(fine, fine, time_features) for fine, _ in pairs)
+        self.shrinks = nn.ModuleList(nn.Conv2d(fine, coarse, 2, 2) for fine, coarse in pairs)
+        self.middle1 = ConvBlock(last, last, time_features)
+        self.attention = Attention(last, heads) if heads else nn.Identity()
+        self.middle2 = ConvBlock(last, last, time_features)
+        self.grows = nn.ModuleList(
+            nn.ConvTranspose2d(coarse, fine, 2, 2) for fine, coarse in reversed(pairs)
+        )
+        self.ups = nn.ModuleList(
+            ConvBlock(2 * fine, fine, time_features) for fine, _ in reversed(pairs)
+        )
+        self.output = nn.Conv2d(first, channels * patch**2, 3, padding=1)
         nn.init.zeros_(self.output.weight)
 
     def forward(
@@ -175,8 +216,18 @@ class UNet(nn.Module):
         time: Float[Tensor, " batch"],
         label: Int64[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
+        if x.shape[-2] % self.divisor or x.shape[-1] % self.divisor:
+            raise ValueError(
+                f"this network takes images whose sides {self.divisor} divides, got "
+                f"{x.shape[-2]} by {x.shape[-1]}: pad them"
+            )
         vector = self.condition(time, label)
-        wide = self.down(self.input(x), vector)
-        h = self.middle2(self.middle1(self.shrink(wide), vector), vector)
-        h = self.up(torch.cat([wide, self.grow(h)], dim=1), vector)
-        return self.output(functional.silu(h))
+        h = self.input(functional.pixel_unshuffle(x, self.patch))
+        seen = []
+        for down, shrink in zip(self.downs, self.shrinks, strict=True):
+            seen.append(down(h, vector))
+            h = shrink(seen[-1])
+        h = self.middle2(self.attention(self.middle1(h, vector)), vector)
+        for grow, up in zip(self.grows, self.ups, strict=True):
+            h = up(torch.cat([seen.pop(), grow(h)], dim=1), vector)
+        return functional.pixel_shuffle(self.output(functional.silu(h)), self.patch)

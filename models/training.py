@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,9 @@ class TrainingConfig:
         label_dropout: Probability that a label is replaced by "no label".
         parameterization: What the network predicts.
         seed: Of all random numbers.
+        minutes: If given, a budget of wall-clock time: the learning rate follows whichever of the
+            two is spent faster, steps or time, and the run ends with it. Such a run cannot be
+            repeated bit for bit.
     """
 
     steps: int = 10_000
@@ -58,6 +62,7 @@ class TrainingConfig:
     label_dropout: float = 0.1
     parameterization: Parameterization = "v"
     seed: int = 0
+    minutes: float | None = None
 
 
 def noise_levels(
@@ -148,7 +153,7 @@ class DenoisingTrainer:
         self.optimizer = torch.optim.AdamW(
             network.parameters(), weight_decay=self.config.weight_decay
         )
-        self.done = 0
+        self.done, self.spent = 0, 0.0
 
     def batch(self) -> tuple[Tensor, Tensor | None]:
         """Random samples, augmented, and their labels, some of them dropped."""
@@ -160,21 +165,29 @@ class DenoisingTrainer:
         no_label = int(self.network.num_classes)  # type: ignore[arg-type]
         return x0, self.labels[chosen].masked_fill(dropped.to(x0.device), no_label)
 
+    @property
+    def share(self) -> float:
+        """How much of the budget is gone, up to 1."""
+        steps = self.done / self.config.steps
+        time = self.spent / self.config.minutes if self.config.minutes else 0.0
+        return min(1.0, max(steps, time))
+
     def learning_rate(self) -> float:
-        """Linear warm-up, then half a cosine down to zero at the last step."""
+        """Linear warm-up, then half a cosine down to zero at the end of the budget."""
         rise = min(1.0, (self.done + 1) / max(1, self.config.warmup))
-        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, self.done / self.config.steps)))
+        fall = 0.5 * (1 + math.cos(math.pi * self.share))
         return self.config.learning_rate * rise * fall
 
     def step(self) -> float:
         """One update; returns the loss of its batch."""
+        start = time.perf_counter()
         self.network.train()
         with private_stream(self.config.seed, self.done):
             x0, label = self.batch()
-            time = stratified_times(len(x0)).to(x0.device)
+            levels = stratified_times(len(x0)).to(x0.device)
             noise = torch.randn(x0.shape, dtype=x0.dtype).to(x0.device)
             loss = denoising_loss(
-                self.network, x0, time, noise, label, self.config.parameterization
+                self.network, x0, levels, noise, label, self.config.parameterization
             ).mean()
         self.optimizer.param_groups[0]["lr"] = self.learning_rate()
         self.optimizer.zero_grad()
@@ -185,6 +198,7 @@ class DenoisingTrainer:
         self.optimizer.step()
         self.done += 1
         self.update_average()
+        self.spent += (time.perf_counter() - start) / 60
         return loss.item()
 
     @torch.no_grad()
@@ -198,7 +212,7 @@ class DenoisingTrainer:
 
     def run(self, progress: Callable[[int, float], None] | None = None) -> None:
         """Runs the steps that remain; `progress` is called with each step and its loss."""
-        while self.done < self.config.steps:
+        while self.share < 1:
             loss = self.step()
             if progress is not None:
                 progress(self.done, loss)
@@ -211,6 +225,7 @@ class DenoisingTrainer:
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
         header = {"config": json.dumps(dataclasses.asdict(self.config)), "done": str(self.done)}
+        header["spent"] = repr(self.spent)
         partial = Path(f"{os.fspath(path)}.partial")
         save_file({name: value.contiguous() for name, value in tensors.items()}, partial, header)
         partial.replace(path)
@@ -236,7 +251,7 @@ class DenoisingTrainer:
             state.setdefault(int(index), {})[name] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.done = int(header["done"])
+        self.done, self.spent = int(header["done"]), float(header.get("spent", 0.0))
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

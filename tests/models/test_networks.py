@@ -11,7 +11,7 @@ def networks(num_classes: int) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     built = {
         "mlp": ResidualMLP(64, 32, 2, num_classes, time_features=16),
-        "unet": UNet(1, 8, num_classes, time_features=16),
+        "unet": UNet(1, (8, 16), num_classes, time_features=16, patch=2),
     }
     for network in built.values():
         for parameter in network.parameters():  # the last layer starts at zero: move it
@@ -95,3 +95,19 @@ def test_gradients_and_functional_transforms_work() -> None:
     assert gradient.abs().sum() > 0
     _, tangent = torch.func.jvp(lambda z: network(z, time), (x.detach(),), (torch.ones_like(x),))
     assert tangent.shape == x.shape
+
+
+def test_unet_with_attention_and_more_scales() -> None:
+    network = UNet(2, (4, 8, 16), patch=1)
+    x = torch.randn(3, 2, 12, 8)
+    assert network(x, torch.zeros(3)).shape == x.shape
+    assert any("attention" in name for name, _ in network.named_parameters())
+    without = UNet(2, (4, 8, 16), patch=1, heads=0)
+    assert not any("attention" in name for name, _ in without.named_parameters())
+
+
+def test_unet_refuses_sides_and_heads_that_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="sides 4 divides, got 28 by 30"):
+        UNet(1, (4, 8), patch=2)(torch.zeros(1, 1, 28, 30), torch.zeros(1))
+    with pytest.raises(ValueError, match="heads=3 must divide"):
+        UNet(1, (4, 8), heads=3)
