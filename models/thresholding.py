@@ -1,5 +1,6 @@
 """Keeping estimates of x_0 where data can be."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,16 +17,19 @@ class DynamicThresholding:
     Attributes:
         quantile: q, between 0 and 1.
         bound: the largest absolute value of data.
+        cap: the largest s (diffusers' ``sample_max_value``).
     """
 
     quantile: float = 0.995
     bound: float = 1.0
+    cap: float = math.inf
 
     def __post_init__(self) -> None:
-        if not (0 < self.quantile <= 1 and self.bound > 0):
+        if not (0 < self.quantile <= 1 and 0 < self.bound <= self.cap):
             raise ValueError(
-                "dynamic thresholding needs a quantile in (0, 1] and a positive bound, got "
-                f"quantile={self.quantile}, bound={self.bound}: try the defaults"
+                "dynamic thresholding needs a quantile in (0, 1] and a positive bound, at most "
+                f"the cap, got quantile={self.quantile}, bound={self.bound}, cap={self.cap}: try "
+                "the defaults"
             )
 
     def __call__(self, x0: Tensor, event_dim: int) -> Tensor:
@@ -37,7 +41,7 @@ class DynamicThresholding:
         low = int(place)
         high = min(low + 1, flat.shape[-1] - 1)
         limit = torch.lerp(ordered[..., low], ordered[..., high], place - low)
-        limit = limit.clamp(min=self.bound)[..., None]
+        limit = limit.clamp(self.bound, self.cap)[..., None]
         return (flat.clamp(-limit, limit) * (self.bound / limit)).reshape(x0.shape)
 
 
