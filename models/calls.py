@@ -36,7 +36,7 @@ def ask(network: Callable[..., Tensor], x: Tensor, time: Tensor, rows: Mapping[s
     """
     exact = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
     dtype = exact if time.is_floating_point() else time.dtype
-    times = torch.full((len(x),), time.item(), dtype=dtype, device=x.device)
+    times = time.to(dtype).to(x.device).repeat(len(x))  # with its gradient, if it has one
     out = network(x, times, **rows)
     if not isinstance(out, Tensor) or not out.is_floating_point():
         got = f"dtype {out.dtype}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
