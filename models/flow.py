@@ -17,6 +17,8 @@ from torch import Size, Tensor, nn
 from smcdiff.laws import normal
 from smcdiff.process import Kernel, Process, Signal, Tree, context_rows, flatten_batch
 
+from .calls import ask, place
+from .classifier_free import ClassifierFree
 from .continuous import ContinuousSchedule, RectifiedFlow
 from .solvers import (
     STAGES,
@@ -62,6 +64,7 @@ class Flow(Process):
         source: the law of x_T (None: N(0, I)). Any other one is for the ODE only, since the score
             is not known from the velocity then. A process as the source makes a
             ``Chain(process, Flow(..., noise=0.0))``.
+        guidance: classifier-free guidance of the velocity (None: the network as it is).
         context_dims: event dimensions of context tensors by name (0 if not named: labels).
         train: leave the network trainable and in its mode; otherwise it is frozen and in
             ``eval()``.
@@ -86,6 +89,7 @@ class Flow(Process):
         adjoint: bool = False,
         scale: float = 1.0,
         source: Distribution | None = None,
+        guidance: ClassifierFree | None = None,
         context_dims: Mapping[str, int] | None = None,
         train: bool = False,
     ) -> None:
@@ -94,9 +98,9 @@ class Flow(Process):
         self.schedule = schedule or RectifiedFlow()
         self.noise, self.method, self.source = noise, method, source
         self.tolerance, self.adjoint, self.scale = tolerance, adjoint, scale
-        self.context_dims = dict(context_dims or {})
+        self.guidance, self.context_dims = guidance, dict(context_dims or {})
         self._check()
-        self.dtype, self.device, self.network_dtype = _place(velocity)
+        self.dtype, self.device, self.network_dtype = place(velocity)
         if isinstance(velocity, nn.Module) and not train:
             velocity.eval().requires_grad_(False)
         self.grid = self.schedule.grid(num_steps)
@@ -155,16 +159,21 @@ class Flow(Process):
 
     def calls(self, t: int) -> int:
         """For solvers of torchdiffeq: those of the last evaluation (at first 1, as a guess)."""
-        return STAGES.get(self.method) or self._counted.get(t, 1)
+        count = STAGES.get(self.method) or self._counted.get(t, 1)
+        return count if self.guidance is None else 2 * count
 
     def _ask(self, x: Tensor, s: float | Tensor, context: dict[str, Any]) -> Tensor:
         """dx/ds: the network's velocity, in this package's direction of time."""
         event_dim = len(self.event_shape)
         batch = x.shape[: x.dim() - event_dim]
-        at = 1.0 - s if self.data_at == 1 else s
+        at = torch.as_tensor(1.0 - s if self.data_at == 1 else s, dtype=torch.float64)
         flat = flatten_batch(x, event_dim).to(self.network_dtype)
-        time = torch.as_tensor(at, dtype=flat.dtype, device=x.device).repeat(batch.numel())
-        out = self.velocity(flat, time, **context_rows(context, batch, self.context_dims))
+        rows = context_rows(context, batch, self.context_dims)
+        if self.guidance is None:
+            out = ask(self.velocity, flat, at, rows)
+        else:
+            twice, rows = self.guidance.both(flat, rows)
+            out = self.guidance.combine(ask(self.velocity, twice, at, rows))
         out = self._check_output(out, batch)
         return -out if self.data_at == 1 else out
 
@@ -223,25 +232,11 @@ class Flow(Process):
                 f"another source take noise=0.0 (the ODE), got noise={self.noise!r}"
             )
 
-    def _check_output(self, out: Any, batch: Size) -> Tensor:
+    def _check_output(self, out: Tensor, batch: Size) -> Tensor:
         wanted = (batch.numel(), *self.event_shape)
-        if not isinstance(out, Tensor) or not out.is_floating_point() or out.shape != wanted:
-            got = f"{out.dtype} of shape {tuple(out.shape)}" if isinstance(out, Tensor) else out
+        if out.shape != wanted:
             raise ValueError(
-                f"the velocity returned {got} for a batch of {batch.numel()}, but floating-point "
-                f"numbers of shape {wanted} are needed: wrap it, as in lambda x, time: "
-                "network(x, time).sample, or correct event_shape"
+                f"the velocity returned shape {tuple(out.shape)} for a batch of {batch.numel()}, "
+                f"but event_shape={tuple(self.event_shape)} needs {wanted}"
             )
-        return out.to(torch.promote_types(out.dtype, torch.float32)).reshape(
-            *batch, *self.event_shape
-        )
-
-
-def _place(network: object) -> tuple[torch.dtype, torch.device, torch.dtype]:
-    """The dtype of states (at least float32), the device, and the network's own dtype."""
-    tensors = []
-    if isinstance(network, nn.Module):
-        tensors = [p for p in (*network.parameters(), *network.buffers()) if p.is_floating_point()]
-    own = tensors[0].dtype if tensors else torch.get_default_dtype()
-    device = tensors[0].device if tensors else torch.device("cpu")
-    return torch.promote_types(own, torch.float32), device, own
+        return out.reshape(*batch, *self.event_shape)

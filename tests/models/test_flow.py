@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from smcdiff.inference import SMC, TwistedSMC
 from smcdiff.models import (
     Chain,
+    ClassifierFree,
     ContinuousSchedule,
     Controlled,
     Diffusion,
@@ -310,7 +311,20 @@ def test_half_precision_networks_have_float32_states() -> None:
     process = Flow(Half(), (2,), 3)
     x = process.initial().sample((4,))
     assert process.kernel(x, 3).law.mean.dtype == x.dtype == torch.float32
-    assert all(each.dtype == torch.bfloat16 for each in seen)
+    assert seen[0].dtype == torch.bfloat16
+    assert seen[1].dtype == torch.float32  # 8 bits of time are too few
+
+
+def test_guidance_extrapolates_the_velocity() -> None:
+    def velocity(x: Tensor, time: Tensor, label: Tensor) -> Tensor:
+        return label[:, None] * x
+
+    guidance = ClassifierFree(3.0, {"label": 0})
+    prior = Flow(velocity, (2,), 4, noise=0.0, method="heun", guidance=guidance)
+    x, label = torch.randn(5, 2), torch.arange(5)
+    guided = prior.evaluate(x, 4, label=label)["velocity"]
+    torch.testing.assert_close(guided, -3.0 * label[:, None] * x)
+    assert prior.calls(4) == 4
 
 
 @pytest.mark.parametrize("data_at", [0, 1])
@@ -621,7 +635,7 @@ def test_process_as_a_source_is_refused() -> None:
     ],
 )
 def test_velocities_of_a_wrong_kind_are_refused(velocity: Any) -> None:
-    with pytest.raises(ValueError, match="the velocity returned"):
+    with pytest.raises(ValueError, match="the (velocity|network) returned"):
         Flow(velocity, (2,), 3).evaluate(torch.zeros(4, 2), 3)
 
 
