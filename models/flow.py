@@ -36,6 +36,9 @@ from .velocities import levels
 class Flow(Process):
     r"""A pre-trained flow-matching (rectified-flow, stochastic-interpolant) model.
 
+    ``Flow(network, (1, 28, 28), 50)`` is a memoryless SDE, to be steered by particles;
+    ``Flow(network, (1, 28, 28), 20, noise=0.0, method="heun")`` is the ODE.
+
     Args:
         velocity: ``velocity(x, time, **context)`` with x of shape ``(batch, *event_shape)`` and
             time of shape ``(batch,)`` in [0, 1]; returns :math:`d x / d\,\mathrm{time}`.
@@ -48,8 +51,8 @@ class Flow(Process):
             data. 0: its time is s and they point to noise.
         noise: g. ``"memoryless"``: x_0 is independent of the source, as fine-tuning needs
             (Domingo-Enrich et al. 2025) and DDPM does. A number, or a function of s. 0.0: the ODE,
-            where only the source is random: for NUTS. SMC needs noise, to
-            let copies of a particle part.
+            where only the source is random: for NUTS. SMC needs noise, to let copies of a particle
+            part; look-ahead twists know most of memoryless flows.
         method: ``"exponential"``: exact up to the change of the network's estimates within a step;
             its last step has no variance; for a noise that vanishes at the data (with one that does
             not, the error falls slower than 1/T). ``"euler"``: Euler-Maruyama. For the ODE also
