@@ -126,7 +126,7 @@ def network_times(
         case "schedule":
             times = grid.time
         case "index":
-            times = grid.time.round().long()
+            times = _indices(grid)
         case "sigma":
             times = grid.sigma / grid.alpha
         case "log_snr":
@@ -138,6 +138,16 @@ def network_times(
         case function:
             times = torch.as_tensor(function(grid))
     return _check_times(times, grid)
+
+
+def _indices(grid: Grid) -> Tensor:
+    if grid.time[-1] < grid.num_steps - 1:
+        raise wrong(
+            f"a schedule whose times are indices of training steps, for {grid.num_steps} steps",
+            f"times up to {grid.time[-1].item():.4g}",
+            "Scale them, as in time=lambda grid: (1000 * grid.time).long().",
+        )
+    return grid.time.round().long()
 
 
 def _check_times(times: Tensor, grid: Grid) -> Tensor:

@@ -202,7 +202,7 @@ Y = torch.tensor([1.0, -0.5], dtype=torch.float64)
 
 def observe(prior: Diffusion) -> Callable[[], None]:
     def model() -> None:
-        law = dist.MultivariateNormal(prior("x") @ OPERATOR.T, NOISE)
+        law = dist.MultivariateNormal(prior("x").double() @ OPERATOR.T, NOISE)
         pyro.sample("y", law, obs=Y)
 
     return model
@@ -238,6 +238,16 @@ def test_one_particle_knows_the_evidence(schedule: Schedule, variance: Any) -> N
 def test_one_particle_knows_the_evidence_of_correlated_data(schedule: Schedule) -> None:
     prior = Diffusion(gaussian(), schedule, num_steps=STEPS, variance="exact")
     assert_one_particle_knows(prior, "jacobian")
+
+
+@every_schedule
+def test_states_in_float32_are_precise_enough(schedule: Schedule) -> None:
+    """Weights are those of the states as stored, however much noise there is."""
+    data = GaussianDenoiser(MEAN.float(), COVARIANCE.float())
+    prior = Diffusion(data, schedule, num_steps=STEPS, variance="exact")
+    *_, last = TwistedSMC(observe(prior), num_particles=1, num_runs=20).iterate()
+    assert last.x["x"].dtype == torch.float32
+    assert float(last.log_evidence.std()) < 1e-5
 
 
 @pytest.mark.parametrize("covariance", ["scalar", "jacobian"])

@@ -221,6 +221,12 @@ def test_integer_and_own_times() -> None:
     index = fed(time="index")
     assert (index.dtype, index.item()) == (torch.int64, 299)
     assert fed(time="index", schedule=VariancePreserving(spacing="karras")).dtype == torch.int64
+    scaled = fed(
+        schedule=RectifiedFlow(),
+        parameterization="v",
+        time=lambda grid: (1000 * grid.time).round().long(),
+    )
+    assert (scaled.dtype, scaled.item()) == (torch.int64, 300)
     own = fed(schedule=VarianceExploding(), time=lambda grid: 1000 * grid.time, t=10)
     assert own.item() == 50_000
 
@@ -459,6 +465,10 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "sigma_data": (lambda: network(parameterization="edm", sigma_data=0.0), "positive, finite"),
     "time": (lambda: network(time="seconds"), "'sigma'.*'log_snr'.*'c_noise'"),
+    "no indices": (
+        lambda: network(schedule=RectifiedFlow(), parameterization="x0", time="index", num_steps=9),
+        "indices of training steps, for 9 steps; got times up to 1. Scale them",
+    ),
     "shape of times": (lambda: network(time=lambda grid: grid.time[1:]), r"with shape \(3,\)"),
     "bounds": (lambda: network(clip_denoised=(1.0, -1.0)), "low < high, got"),
     "quantile": (lambda: DynamicThresholding(1.5), "quantile in"),
