@@ -17,7 +17,7 @@ from .diffusion import Diffusion
 from .flow import Flow
 from .grids import Grid, Schedule
 from .masked import MaskedDiffusion
-from .priors import digit_prior
+from .priors import digit_prior, mnist_prior
 from .schedules import Cosine, FromAlphas, LogSNR, Tabulated, VariancePreserving
 from .team import Team
 from .thresholding import DynamicThresholding
@@ -52,6 +52,7 @@ __all__ = [
     "VarianceExploding",
     "VariancePreserving",
     "digit_prior",
+    "mnist_prior",
 ]
 
 if __name__ == "models":

@@ -4,7 +4,7 @@ Every network here is called as ``network(x, time, label=None)``:
 
 * ``x``, with shape `batch *event`: the noisy state x_t;
 * ``time``, with shape `batch`: the training index of the noise level, 0 (data) to 999 (noise),
-  whole or not;
+  whole or not. Give ``time_scale`` for times on another scale, such as 1000 for those in [0, 1];
 * ``label``, with shape `batch`: a class in 0 .. num_classes - 1, or ``num_classes`` for "no label".
   ``None`` is "no label" for all. Networks without classes take ``None`` only.
 
@@ -39,16 +39,23 @@ class Conditioning(nn.Module):
         out_features: Length of the vector.
         num_classes: Number of classes; 0 for none.
         time_features: Number of cosines and sines, an even number.
+        time_scale: Times are multiplied by this number.
     """
 
-    def __init__(self, out_features: int, num_classes: int = 0, time_features: int = 64) -> None:
+    def __init__(
+        self,
+        out_features: int,
+        num_classes: int = 0,
+        time_features: int = 64,
+        time_scale: float = 1.0,
+    ) -> None:
         super().__init__()
         if time_features < 2 or time_features % 2:
             raise ValueError(f"time_features must be even and at least 2, got {time_features}")
         if num_classes < 0:
             raise ValueError(f"num_classes must be 0 (no labels) or more, got {num_classes}")
         self.num_classes = num_classes
-        self.time_features = time_features
+        self.time_features, self.time_scale = time_features, time_scale
         self.time = nn.Linear(time_features, out_features)
         self.label = nn.Embedding(num_classes + 1, out_features) if num_classes else None
         self.mix = nn.Linear(out_features, out_features)
@@ -56,7 +63,8 @@ class Conditioning(nn.Module):
     def forward(
         self, time: Float[Tensor, " batch"], label: Int64[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch width"]:
-        vector = self.time(embed_time(time.to(self.mix.weight.dtype), self.time_features))
+        scaled = self.time_scale * time.to(self.mix.weight.dtype)
+        vector = self.time(embed_time(scaled, self.time_features))
         if self.label is not None:
             if label is None:
                 label = torch.full_like(time, self.num_classes, dtype=torch.int64)
@@ -81,6 +89,7 @@ class ResidualMLP(nn.Module):
         depth: Number of residual blocks, one matrix of `width` by `width` each.
         num_classes: Number of classes; 0 for none.
         time_features: Number of cosines and sines that embed the time.
+        time_scale: Times are multiplied by this number.
     """
 
     def __init__(
@@ -90,11 +99,12 @@ class ResidualMLP(nn.Module):
         depth: int,
         num_classes: int = 0,
         time_features: int = 64,
+        time_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.features = features
         self.num_classes = num_classes
-        self.condition = Conditioning(time_features, num_classes, time_features)
+        self.condition = Conditioning(time_features, num_classes, time_features, time_scale)
         self.input = nn.Linear(features, width)
         self.norms = nn.ModuleList(
             nn.LayerNorm(width, elementwise_affine=False) for _ in range(depth)
@@ -177,6 +187,7 @@ class UNet(nn.Module):
         time_features: Number of cosines and sines that embed the time.
         patch: Side of a patch; `patch * 2 ** (len(widths) - 1)` divides the sides of the image.
         heads: Number of attention heads; 0 for no attention.
+        time_scale: Times are multiplied by this number.
     """
 
     def __init__(
@@ -187,13 +198,14 @@ class UNet(nn.Module):
         time_features: int = 64,
         patch: int = 1,
         heads: int = 4,
+        time_scale: float = 1.0,
     ) -> None:
         super().__init__()
         if heads and widths[-1] % heads:
             raise ValueError(f"heads={heads} must divide the last width, got widths={widths}")
         self.num_classes, self.patch = num_classes, patch
         self.divisor = patch * 2 ** (len(widths) - 1)
-        self.condition = Conditioning(time_features, num_classes, time_features)
+        self.condition = Conditioning(time_features, num_classes, time_features, time_scale)
         first, last, pairs = widths[0], widths[-1], list(itertools.pairwise(widths))
         self.input = nn.Conv2d(channels * patch**2, first, 3, padding=1)
         self.downs = nn.ModuleList(ConvBlock(fine, fine, time_features) for fine, _ in pairs)

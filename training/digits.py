@@ -36,13 +36,8 @@ from smcdiff.models.digits import (
     load_digits_split,
 )
 from smcdiff.models.networks import ResidualMLP
-from smcdiff.models.training import (
-    NUM_LEVELS,
-    DenoisingTrainer,
-    TrainingConfig,
-    noise_levels,
-    validation_loss,
-)
+from smcdiff.models.objectives import Objective, validation_loss
+from smcdiff.models.training import DenoisingTrainer, TrainingConfig
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE.parent / "models" / "weights"
@@ -59,8 +54,8 @@ CONFIG = TrainingConfig(
     weight_decay=0.01,
     label_dropout=0.3,
     ema_decay=0.9995,
-    parameterization=PARAMETERIZATION,
 )
+OBJECTIVE = Objective(PARAMETERIZATION)
 CLASSIFIERS: dict[str, dict[str, Any]] = {
     "guide": {"kind": "guide", "width": 128},
     "judge": {"kind": "judge", "width": 24},
@@ -93,7 +88,9 @@ def write_examples(heldout: Digits) -> None:
 def train_network(split: DigitsSplit) -> float:
     """Trains and stores the diffusion network; returns the minutes it took."""
     torch.manual_seed(CONFIG.seed)
-    trainer = DenoisingTrainer(ResidualMLP(**NETWORK), *split.train, CONFIG, slightly_warp)
+    trainer = DenoisingTrainer(
+        ResidualMLP(**NETWORK), *split.train, CONFIG, slightly_warp, OBJECTIVE
+    )
     start = time.perf_counter()
 
     def report(step: int, loss: float) -> None:
@@ -162,15 +159,15 @@ def train_classifier(
 @torch.no_grad()
 def sample(network: nn.Module, count: int, label: Tensor | None = None) -> Tensor:
     """Plain ancestral sampling on an even grid, with the smaller of the two usual variances."""
-    times = torch.linspace(NUM_LEVELS - 1, 0, SAMPLING_STEPS).round().long()
+    times = torch.linspace(OBJECTIVE.num_levels - 1, 0, SAMPLING_STEPS).round().long()
     x = torch.randn(count, 1, 8, 8)
     for now, after in zip(times, [*times[1:], None], strict=True):
-        alpha, sigma = noise_levels(now.expand(1), x)
+        alpha, sigma = OBJECTIVE.levels(now.expand(1), x)
         velocity = network(x, now.float().expand(count), label)
         x0: Tensor = (alpha * x - sigma * velocity).clamp(-1, 1)
         if after is None:
             return x0
-        alpha2, sigma2 = noise_levels(after.expand(1), x)
+        alpha2, sigma2 = OBJECTIVE.levels(after.expand(1), x)
         eps = (x - alpha * x0) / sigma
         noise = sigma2 / sigma * (1 - (alpha / alpha2) ** 2).sqrt()
         x = alpha2 * x0 + (sigma2**2 - noise**2).sqrt() * eps + noise * torch.randn_like(x)

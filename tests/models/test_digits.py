@@ -17,7 +17,7 @@ from smcdiff.models.digits import (
     load_digits_split,
     load_heldout_examples,
 )
-from smcdiff.models.training import validation_loss
+from smcdiff.models.objectives import validation_loss
 
 REPORT = Path(__file__).resolve().parents[2] / "training" / "digits.json"
 

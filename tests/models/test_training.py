@@ -1,119 +1,139 @@
-"""The trainer: learns, resumes bit for bit, leaves the global random stream alone."""
+"""The trainer: learns, resumes bit for bit, stops in time, leaves the global stream alone."""
 
+import dataclasses
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, multiprocessing
 
 from smcdiff.models.networks import ResidualMLP
-from smcdiff.models.training import (
-    DenoisingTrainer,
-    Parameterization,
-    TrainingConfig,
-    denoising_loss,
-    noise_levels,
-    stratified_times,
-    validation_loss,
-)
+from smcdiff.models.objectives import Objective, flow_matching, validation_loss
+from smcdiff.models.training import DenoisingTrainer, TrainingConfig
 
 CONFIG = TrainingConfig(steps=12, batch_size=16, warmup=3, label_dropout=0.3, seed=5)
 
 
-def tiny_trainer(config: TrainingConfig = CONFIG) -> DenoisingTrainer:
+def tiny_trainer(config: TrainingConfig = CONFIG, **options: Any) -> DenoisingTrainer:
     torch.manual_seed(0)
     network = ResidualMLP(4, 16, 1, num_classes=2, time_features=8)
     data = torch.randn(50, 4)
-    return DenoisingTrainer(
-        network, data, (data[:, 0] > 0).long(), config, augment=lambda x: x + torch.randn_like(x)
-    )
+    labels = (data[:, 0] > 0).long()
+    options = {
+        "augment": lambda x: x + torch.randn_like(x),
+        "validation": (data[:20], labels[:20]),
+        **options,
+    }
+    return DenoisingTrainer(network, data, labels, config, **options)
+
+
+def changed(**settings: Any) -> TrainingConfig:
+    return dataclasses.replace(CONFIG, **settings)
 
 
 def parameters(trainer: DenoisingTrainer) -> list[Tensor]:
-    return [p.detach() for net in (trainer.network, trainer.ema) for p in net.parameters()]
+    networks = (trainer.network, trainer.ema, trainer.best)
+    return [p.detach() for net in networks for p in net.parameters()]
+
+
+def rows(trainer: DenoisingTrainer) -> list[tuple[float, ...]]:
+    """The history without the clock."""
+    return [(row["step"], row["train"], row["validation"]) for row in trainer.history]
 
 
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
-    whole = tiny_trainer()
-    losses = [whole.step() for _ in range(CONFIG.steps)]
-    first = tiny_trainer()
-    again = [first.step() for _ in range(7)]
+    config = changed(validate_every=3, patience=50)
+    whole, losses = tiny_trainer(config), []
+    whole.run(lambda step, loss: losses.append(loss))
+    first, again = tiny_trainer(config), []
+    for _ in range(7):
+        again.append(first.step())
+        if first.done % 3 == 0:
+            first.validate()
     first.save(tmp_path / "checkpoint.safetensors")
     torch.manual_seed(99)
-    second = tiny_trainer()
+    second = tiny_trainer(config)
     second.step()  # whatever it did before is forgotten
     second.load(tmp_path / "checkpoint.safetensors")
     torch.randn(3)
     second.run(lambda step, loss: again.append(loss))
     assert again == losses
+    assert rows(second) == rows(whole)
+    assert len(rows(whole)) == 4
     for left, right in zip(parameters(whole), parameters(second), strict=True):
         assert torch.equal(left, right)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
-def test_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
+def test_run_writes_checkpoints_and_shows_progress(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, trainer = tmp_path / "checkpoint.safetensors", tiny_trainer(changed(steps=3))
+    seen = []
+    trainer.run(
+        lambda step, loss: seen.append(file.exists()), checkpoint=file, checkpoint_minutes=0.0
+    )
+    assert seen == [False, True, True]
+    assert capsys.readouterr() == ("", "")
+    again = tiny_trainer(changed(steps=3))
+    again.load(file)
+    assert (again.done, again.share) == (3, 1.0)
+    tiny_trainer(changed(steps=3)).run(bar=True)
+    assert "3/3" in capsys.readouterr().err
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     trainer = tiny_trainer()
     trainer.step()
     trainer.save(tmp_path / "checkpoint.safetensors")
     with pytest.raises(ValueError, match="steps=12, seed=5"):
-        tiny_trainer(TrainingConfig(batch_size=16, warmup=3, label_dropout=0.3)).load(
-            tmp_path / "checkpoint.safetensors"
-        )
+        tiny_trainer(changed(steps=13, seed=6)).load(tmp_path / "checkpoint.safetensors")
+    for other in (Objective("epsilon"), Objective(weighting="snr"), flow_matching()):
+        with pytest.raises(ValueError, match="another objective: its table"):
+            tiny_trainer(objective=other).load(tmp_path / "checkpoint.safetensors")
 
 
 def test_global_stream_is_left_alone() -> None:
     trainer = tiny_trainer()
     before = torch.get_rng_state()
     trainer.step()
-    validation_loss(trainer.ema, trainer.data, trainer.labels, draws=2)
+    trainer.validate()
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_seed_decides() -> None:
-    other = TrainingConfig(**{**vars(CONFIG), "seed": 6})
-    assert tiny_trainer().step() == tiny_trainer().step() != tiny_trainer(other).step()
+    assert tiny_trainer().step() == tiny_trainer().step() != tiny_trainer(changed(seed=6)).step()
 
 
-@pytest.mark.parametrize("parameterization", ["epsilon", "v"])
-def test_training_lowers_the_loss(parameterization: Parameterization) -> None:
-    """Data is one point: both targets can be found exactly from x_t."""
-    torch.manual_seed(0)
-    network = ResidualMLP(2, 32, 1, time_features=8)
-    config = TrainingConfig(
-        steps=200, batch_size=64, learning_rate=5e-3, warmup=10, ema_decay=0.95,
-        parameterization=parameterization,
-    )  # fmt: skip
-    data = torch.tensor([[0.5, -1.0]])
-    trainer = DenoisingTrainer(network, data, config=config)
-    before = validation_loss(trainer.ema, data, parameterization=parameterization, draws=500)
+def test_early_stopping_returns_to_the_best() -> None:
+    """A learning rate that ruins the network: its first validation stays the best."""
+    config = changed(steps=40, learning_rate=1.0, warmup=0, validate_every=2, patience=3)
+    trainer = tiny_trainer(config)
     trainer.run()
-    after = validation_loss(trainer.ema, data, parameterization=parameterization, draws=500)
-    assert after < 0.3 * before
+    losses = [row["validation"] for row in trainer.history]
+    best = losses.index(min(losses))
+    assert trainer.done < 40
+    assert len(losses) == best + 4
+    assert validation_loss(trainer.ema, *trainer.validation, draws=1) == losses[best]
 
 
-def test_loss_of_the_exact_answer_is_zero() -> None:
-    x0, noise, time = torch.randn(6, 3), torch.randn(6, 3), torch.tensor([0, 1, 10, 500, 998, 999])
-    alpha, sigma = noise_levels(time, x0)
-    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(6, 1))
-
-    class Exact(torch.nn.Module):
-        def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
-            eps = (x - alpha * x0) / sigma
-            return alpha * eps - sigma * x0
-
-    loss = denoising_loss(Exact(), x0, time, noise)
-    torch.testing.assert_close(loss, torch.zeros(6), rtol=0, atol=1e-6)
+def test_clock_ends_a_run_and_lowers_the_learning_rate() -> None:
+    trainer = tiny_trainer(changed(minutes=1.0, warmup=0))
+    trainer.spent = 0.5
+    assert trainer.learning_rate() == pytest.approx(CONFIG.learning_rate / 2)
+    trainer.spent = 1.0
+    trainer.run()
+    assert trainer.done == 0
 
 
-def test_levels_are_those_of_the_linear_beta_schedule() -> None:
-    alpha, _ = noise_levels(torch.tensor([0, 999]), torch.zeros(2, 1, dtype=torch.float64))
-    assert alpha[0].item() ** 2 == pytest.approx(1 - 1e-4)
-    assert alpha[1].item() == pytest.approx(0.00635, abs=1e-4)
-
-
-def test_times_cover_the_grid_evenly() -> None:
-    times = stratified_times(100)
-    assert torch.equal(times // 10, torch.arange(100))
+def test_mixed_precision_is_nearly_the_same() -> None:
+    exact, mixed = tiny_trainer(), tiny_trainer(changed(mixed_precision=True))
+    losses = [(exact.step(), mixed.step()) for _ in range(5)]
+    assert all(left != right for left, right in losses[1:])  # the last layer starts at zero
+    assert all(left == pytest.approx(right, rel=1e-2) for left, right in losses)
+    assert {p.dtype for p in parameters(mixed)} == {torch.float32}
 
 
 def test_nan_loss_stops_the_run() -> None:
@@ -121,3 +141,36 @@ def test_nan_loss_stops_the_run() -> None:
     trainer.data[:] = float("nan")
     with pytest.raises(RuntimeError, match="non-finite"):
         trainer.step()
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="need validation="):
+        tiny_trainer(changed(validate_every=2), validation=None)
+    with pytest.raises(ValueError, match="patience=2 needs validate_every"):
+        tiny_trainer(changed(patience=2))
+
+
+def train_in_one_of_two(rank: int, port: int, folder: Path) -> None:
+    address = f"tcp://127.0.0.1:{port}"
+    distributed.init_process_group("gloo", address, rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    trainer = tiny_trainer(changed(validate_every=6, max_gradient_norm=0.1))
+    trainer.run(checkpoint=folder / "checkpoint.safetensors")
+    distributed.destroy_process_group()
+
+
+def test_two_processes_make_the_run_of_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.start_processes(
+        train_in_one_of_two, (port, tmp_path), nprocs=2, start_method="spawn"
+    )
+    config = changed(validate_every=6, max_gradient_norm=0.1)
+    two, one = tiny_trainer(config), tiny_trainer(config)
+    two.load(tmp_path / "checkpoint.safetensors")
+    one.run()
+    assert two.done == one.done
+    torch.testing.assert_close(torch.tensor(rows(two)), torch.tensor(rows(one)))
+    for left, right in zip(parameters(two), parameters(one), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
