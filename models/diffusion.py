@@ -7,9 +7,7 @@ A trained network knows :math:`\hat x_0(x_t) = E[x_0 \mid x_t]` in one of its di
 .. math::
     x_{t-1} = c_0 \hat x_0 + c_t x_t + \sqrt{V}\, z, \qquad
     c_t = \sqrt{\sigma_{t-1}^2 - \eta^2 \tilde\beta_t} / \sigma_t, \qquad
-    c_0 = \alpha_{t-1} - c_t \alpha_t ,
-
-for variance preserving, exploding and any other levels alike.
+    c_0 = \alpha_{t-1} - c_t \alpha_t .
 """
 
 import math
@@ -61,17 +59,16 @@ class Diffusion(Process):
         guidance: classifier-free guidance, in one network call with twice the rows.
         eta: 1 for DDPM, 0 for DDIM (a deterministic flow of its source).
         variance: V. ``"small"``: :math:`\eta^2\tilde\beta_t`, zero in the last step. ``"large"``:
-            :math:`\beta_t`. ``"learned"``: interpolated in logarithms by the second half of the
-            network's channels (Nichol & Dhariwal 2021). ``"exact"``: :math:`\eta^2\tilde\beta_t +
-            c_0^2 \mathrm{Cov}[x_0|x_t]`, for exact denoisers. ``"mixture"``: the exact kernel of a
-            ``MixtureDenoiser``.
+            :math:`\eta^2\beta_t`. ``"learned"``: interpolated in logarithms by the second half of
+            the network's channels (Nichol & Dhariwal 2021, for :math:`\eta = 1`). ``"exact"``:
+            :math:`\eta^2\tilde\beta_t + c_0^2 \mathrm{Cov}[x_0|x_t]`, for exact denoisers, and
+            ``"mixture"``: the exact kernel of a ``MixtureDenoiser``.
         clip_denoised: bounds for :math:`\hat x_0`, such as (-1, 1), or ``DynamicThresholding()``.
         scale: the standard deviation s of the data, for scalar look-aheads (None: that of an exact
             denoiser, or sigma_data, or 1).
         source: the law of x_T (None: N(0, I) where variance preserving, else N(0, sigma_T^2 I)).
         context_dims: event dimensions of context tensors by name (0 if not named: labels).
-        train: leave the network trainable and in its mode; otherwise it is frozen and in
-            ``eval()``.
+        train: leave the network trainable and in its mode, not frozen and in ``eval()``.
     """
 
     def __init__(
@@ -115,7 +112,7 @@ class Diffusion(Process):
 
     @property
     def deterministic(self) -> bool:
-        return self.eta == 0 and self.variance == "small"
+        return self.eta == 0 and self.variance in ("small", "large", "learned")
 
     def initial(self, **context: Any) -> Distribution:
         if self.source is not None:
@@ -134,10 +131,9 @@ class Diffusion(Process):
             return {"output": mean.reshape(x.shape)}
         flat = flatten_batch(self.preconditioning[t].fed(x), event_dim).to(self.network_dtype)
         rows = context_rows(context, batch, self.context_dims)
-        if self.guidance is None:
-            out = self._ask(flat, rows, t)
-        else:
-            out = self._guided(self._ask(*self.guidance.both(flat, rows), t))
+        if self.guidance is not None:
+            flat, rows = self.guidance.both(flat, rows)
+        out = self._guided(self._ask(flat, rows, t))
         return {"output": out.reshape(*batch, *out.shape[1:])}
 
     def kernel(self, x: Tensor, t: int, evaluation: Tree = None, **context: Any) -> Kernel:
@@ -171,7 +167,8 @@ class Diffusion(Process):
 
     def _guided(self, output: Tensor) -> Tensor:
         """Half the rows; a learned variance is that of the network with its context."""
-        assert self.guidance is not None
+        if self.guidance is None:
+            return output
         guided = self.guidance.combine(output)
         if self.variance != "learned":
             return guided
@@ -199,11 +196,13 @@ class Diffusion(Process):
         c_0, c_t, small = self._coefficients(t)
         event_dim = len(self.event_shape)
         mean = c_0 * denoised + c_t * x
+        if self.deterministic:
+            return normal(mean, 0.0, event_dim)
         match self.variance:
             case "small":
                 return normal(mean, small, event_dim)
             case "large":
-                return normal(mean, self.grid.transition(t).variance.item(), event_dim)
+                return normal(mean, self._large(t), event_dim)
             case "learned":
                 return normal(mean, self._learned(t, output), event_dim)
             case "exact":
@@ -221,12 +220,15 @@ class Diffusion(Process):
         c_t = math.sqrt(max(before - small, 0.0)) / grid.sigma[t].item()
         return grid.alpha[t - 1].item() - c_t * grid.alpha[t].item(), c_t, small
 
+    def _large(self, t: int) -> float:
+        return self.eta**2 * self.grid.transition(t).variance.item()
+
     def _learned(self, t: int, output: Tensor) -> Tensor:
         """exp(f log beta + (1 - f) log beta-tilde), f = (v + 1) / 2; beta-tilde_2 in place of 0."""
         large = self.grid.transition(t).variance.item()
         small = self.grid.posterior(max(t, 2)).variance.item() if self.num_steps > 1 else large
         share = (output.chunk(2, -len(self.event_shape))[1] + 1) / 2
-        return torch.exp(share * math.log(large) + (1 - share) * math.log(small))
+        return self.eta**2 * torch.exp(share * math.log(large) + (1 - share) * math.log(small))
 
     def _covariance(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         flat = x.reshape(*x.shape[: x.dim() - len(self.event_shape)], -1)
@@ -258,7 +260,7 @@ class Diffusion(Process):
             gain = s2 / (alpha**2 * s2 + sigma**2)
             c_0, _, kernel = self._coefficients(t)
             if self.variance == "large":
-                kernel = self.grid.transition(t).variance.item()
+                kernel = self._large(t)
             if self.variance in ("exact", "mixture"):
                 kernel += c_0**2 * gain * sigma**2
             variance = signals[-1].variance + signals[-1].slope ** 2 * kernel
@@ -273,10 +275,8 @@ class Diffusion(Process):
         if self.closed_form and self.guidance is not None:
             raise ValueError("an exact denoiser is not conditional: leave the guidance out")
         if variance not in get_args(Variance):
-            raise ValueError(
-                "variance must be 'small', 'large', 'learned', 'exact' or 'mixture', got "
-                f"{variance!r}"
-            )
+            names = "'small', 'large', 'learned', 'exact' or 'mixture'"
+            raise ValueError(f"variance must be {names}, got {variance!r}")
         if not 0.0 <= eta <= 1.0:
             raise ValueError(f"eta lies between 0 (DDIM) and 1 (DDPM), got {eta}")
         if variance == "exact" and not self.closed_form:

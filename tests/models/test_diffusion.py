@@ -28,6 +28,7 @@ from smcdiff.models import (
     VarianceExploding,
     VariancePreserving,
 )
+from smcdiff.process import is_deterministic
 
 from ..oracles import affine, moments
 
@@ -138,12 +139,35 @@ CONVERGING: dict[str, Schedule] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["small", "large", "flow"])
+KERNELS: dict[str, Any] = {
+    "small": {"variance": "small"},
+    "large": {"variance": "large"},
+    "flow": {"eta": 0.0},
+}
+
+
+@pytest.mark.parametrize("options", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("name", CONVERGING)
-def test_order_of_convergence(name: str, kind: str) -> None:
+def test_order_of_convergence(name: str, options: Any) -> None:
     """Weak order 1 in the number of steps, without any sampling."""
-    options: Any = {"eta": 0.0} if kind == "flow" else {"variance": kind}
     assert order(CONVERGING[name], **options) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["sub-VP", "EDM"])
+def test_larger_variances_belong_to_the_noise_that_is_renewed(name: str) -> None:
+    """eta^2 beta, not beta: where less noise is renewed, the chain converges to the data, too."""
+    assert order(CONVERGING[name], variance="large", eta=0.5) == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.parametrize("variance", ["small", "large", "learned"])
+def test_without_noise_every_variance_is_a_flow(variance: Any) -> None:
+    layer = nn.Conv1d(1, 2 if variance == "learned" else 1, 1)
+    settings: Any = {"eta": 0.0, "variance": variance}
+    prior = Diffusion(lambda x, time: layer(x), None, (1, 4), 5, **settings)
+    x = torch.randn(6, 1, 4)
+    assert prior.deterministic
+    assert all(is_deterministic(prior.kernel(x, t).law) for t in range(1, 6))
+    assert all(prior.signal(t).variance == 0 for t in range(6))
 
 
 # --------------------------------------------------------------------------------- the first state
