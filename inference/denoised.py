@@ -263,14 +263,11 @@ class DenoisedLikelihood(Twist):
         """One backward pass per observation; one step on in the space of the observations."""
         slopes = [stack(each) for each in view.measure(list(seen.mean.unbind(-1)))]
         rows = self._tweedie(view, torch.stack(slopes, 1), matrix)
-        factor = torch.linalg.cholesky(matrix @ matrix.mT)
-        inner = torch.linalg.solve_triangular(factor, rows @ matrix.mT, upper=False)
-        inner = torch.linalg.solve_triangular(factor, inner.mT, upper=False)
-        inner = _positive(inner)
+        factor, inverse = _root(matrix @ matrix.mT)
+        inner = _positive(inverse @ rows @ matrix.mT @ inverse.mT)
         eye = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
         step = eye + self._gain(view, t).mean() * inner if t < view.t else eye.expand_as(inner)
-        white = torch.linalg.solve_triangular(factor, rows, upper=False)
-        after = factor @ torch.linalg.solve(step, white)
+        after = factor @ torch.linalg.solve(step, inverse @ rows)
         level = stacked_levels(view.program, self.names, view.x, t, "alpha")
         gain = level / stacked_levels(view.program, self.names, view.x, t, "sigma") ** 2
         kept = factor @ torch.linalg.solve(step, inner) @ factor.mT * ratio.mean()
@@ -281,6 +278,15 @@ def _positive(matrix: Tensor) -> Tensor:
     """The nearest symmetric matrix without negative eigenvalues (networks are not exact scores)."""
     values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
     return (vectors * values.clamp(min=0)[..., None, :]) @ vectors.mT
+
+
+def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """L with L L' = matrix, and its pseudo-inverse: observations may depend on each other."""
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > 1e-12 * values[..., -1:]
+    root = torch.where(kept, values, 1.0).sqrt() * kept
+    inverse = torch.where(kept, 1 / root, 0.0)
+    return vectors * root[..., None, :], inverse[..., :, None] * vectors.mT
 
 
 def _rows(matrix: Tensor, batch: int) -> Tensor:

@@ -171,9 +171,10 @@ class Engine:
         processes = self.program.processes
         if all(process.deterministic for process in processes.values()):
             warnings.warn(
-                f"no transition of {sorted(processes)} has any variance (eta = 0): SMC then weighs "
-                "nothing but the source x_T, and never resamples, as copies could not part again. "
-                "Take eta > 0 where particles are to be steered",
+                f"no transition of {sorted(processes)} has any variance (eta = 0, or the ODE of a "
+                "Flow): SMC then weighs nothing but the source x_T, and never resamples, as copies "
+                "could not part again. Where particles are to be steered take eta > 0, or the SDE "
+                "with the same marginals, Flow(..., noise='memoryless')",
                 UserWarning,
                 stacklevel=2,
             )

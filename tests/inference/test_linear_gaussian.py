@@ -1,11 +1,14 @@
 """Low-rank covariances against the matrices that they stand for."""
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
+from smcdiff.inference import TwistedSMC
 from smcdiff.inference.linear_gaussian import Covariance
 from smcdiff.laws import FEW_COLUMNS, thin_product
-from smcdiff.models import MixtureDenoiser
+from smcdiff.models import Diffusion, FromAlphas, MixtureDenoiser
 from smcdiff.models.low_rank import low_rank_covariance
 
 P, D = 4, 6
@@ -59,3 +62,22 @@ def test_covariances_of_mixtures_exist_in_single_precision():
             found = torch.diag_embed(diagonal) + factor @ factor.mT
             assert found.dtype == torch.float32
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.max()))
+
+
+def test_observations_may_repeat_each_other():
+    """A A' is singular then; every particle still knows the evidence."""
+    alphas = torch.tensor([0.9, 0.6, 0.2], dtype=torch.float64)
+    levels = FromAlphas(alphas, time=alphas)  # unit Gaussian data: E[x_0 | x_t] = alpha_t x_t
+    prior = Diffusion(lambda x, alpha: alpha[:, None] * x, levels, (2,), 3, parameterization="x0")
+
+    def program(unit):
+        total = unit * prior("x").sum(-1)
+        twice = torch.stack([total, total], -1)
+        pyro.sample("y", dist.Normal(twice, 0.5).to_event(1), obs=torch.tensor([1.0, 0.5]))
+
+    for unit in (0.5, 0.6, 0.7, 1.0):
+        method = TwistedSMC(
+            program, covariance="jacobian", proposal="conjugate", num_particles=1, num_runs=20
+        )
+        found = method.run(unit).log_evidence
+        assert float(found.std()) < 1e-6
