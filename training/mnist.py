@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mnist_figures import measure
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -152,8 +153,15 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, default=HERE.parent / "results" / "mnist")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--classifiers", action="store_true", help="train the classifiers only")
+    parser.add_argument("--measure", action="store_true", help="do not train")
+    parser.add_argument("--samples", type=int, default=2000, help="to measure, of each kind")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.measure:
+        figures = measure(OBJECTIVE, options.data, options.samples, HERE / "mnist.png")
+        figures["bytes"] = {file.name: file.stat().st_size for file in WEIGHTS.glob("mnist*")}
+        (HERE / "mnist.json").write_text(json.dumps(figures, indent=2) + "\n")
+        return print(json.dumps(figures, indent=2))
     train, heldout = (load_mnist(part, options.data) for part in ("train", "validation"))
     if options.classifiers:
         train_classifier("judge", train, heldout, warp, seed=12)
