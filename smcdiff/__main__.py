@@ -19,15 +19,22 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="restore damaged handwritten digits, and say whether the answers can be trusted",
-        description="Three posteriors over a diffusion prior of handwritten digits: a missing box, "
-        "a blur with noise of unknown scale, and the wish for a class.",
+        description="Posteriors over a diffusion prior of handwritten digits: a missing box, a "
+        "blur with noise of unknown scale, super-resolution (mnist), and the wish for a class.",
+    )
+    demo.add_argument(
+        "--dataset",
+        choices=("digits", "mnist"),
+        default="digits",
+        help="digits: 8x8, in minutes; mnist: 28x28, longer, on images that you have downloaded "
+        "(the folder is in SMCDIFF_DATA) or your own --image (%(default)s)",
     )
     demo.add_argument("--image", type=Path, help="your own picture of a digit (PNG or JPEG)")
     demo.add_argument("--label", type=digit, help="the digit to wish for (7, or that of --image)")
     demo.add_argument("--seed", type=int, default=0, help="of all random numbers (%(default)s)")
-    demo.add_argument("--particles", type=at_least_two, default=512, help="per run (%(default)s)")
-    demo.add_argument("--runs", type=at_least_two, default=4, help="independent ones (%(default)s)")
-    demo.add_argument("--steps", type=at_least_two, default=50, help="of the prior (%(default)s)")
+    demo.add_argument("--particles", type=at_least_two, help="per run (digits: 512, mnist: 32)")
+    demo.add_argument("--runs", type=at_least_two, help="independent ones (4)")
+    demo.add_argument("--steps", type=at_least_two, help="of the prior (50)")
     demo.add_argument("--out", type=Path, default=Path("results/demo"), help="folder (%(default)s)")
     demo.add_argument(
         "--quick", action="store_true", help="a few seconds, rough: 2 runs, 32 particles, 10 steps"
@@ -55,13 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command_line.print_help()
         return 0
     from .demo import Demo, ImageError  # heavy: not needed to print help
+    from .restoration import DATASETS
 
-    size = (32, 2, 10) if options.quick else (options.particles, options.runs, options.steps)
-    particles, runs, steps = size
-    demo = Demo(particles, runs, steps, options.seed, options.out)
+    usual = (32, 2, 10) if options.quick else DATASETS[options.dataset].size
+    given = (options.particles, options.runs, options.steps)
+    particles, runs, steps = (a or b for a, b in zip(given, usual, strict=True))
+    demo = Demo(options.dataset, particles, runs, steps, options.seed, options.out)
     try:
         demo.run(options.image, options.label)
-    except ImageError as error:
+    except (ImageError, FileNotFoundError) as error:
         print(f"{command_line.prog}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -18,7 +18,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("smcdiff", "models", "inference")
 FILES = [file for folder in FOLDERS for file in sorted((ROOT / folder).glob("*.py"))]
-APPLICATION = {"smcdiff/__main__.py", "smcdiff/demo.py"}  # the command line may import everything
+# The command line may import everything.
+APPLICATION = {f"smcdiff/{name}.py" for name in ("__main__", "demo", "restoration")}
 
 
 def name(path: Path) -> str:

@@ -7,8 +7,9 @@ from PIL import Image
 
 from smcdiff import __version__
 from smcdiff.__main__ import main
-from smcdiff.demo import ImageError, blur, read_digit
+from smcdiff.demo import ImageError, read_digit
 from smcdiff.models.digits import load_heldout_examples
+from smcdiff.restoration import blur, reduce
 
 QUICK = ("demo", "--quick")
 NAMES = ("box", "blur", "wish")
@@ -56,8 +57,8 @@ def test_demo_takes_a_picture_of_ones_own(tmp_path, capsys, three):
 
 def test_picture_is_read_as_the_prior_knows_digits(tmp_path, three):
     rescaled = 2 * (three + 1) / (three.max() + 1) - 1
-    bright = read_digit(picture(tmp_path / "bright.png", three))
-    dark = read_digit(picture(tmp_path / "dark.png", three, invert=True))
+    bright = read_digit(picture(tmp_path / "bright.png", three), 8)
+    dark = read_digit(picture(tmp_path / "dark.png", three, invert=True), 8)
     assert bright.shape == (1, 8, 8)
     assert (bright - rescaled).abs().max() < 0.02  # eight bits
     assert (bright - dark).abs().max() < 0.02
@@ -81,7 +82,7 @@ def test_bad_picture_is_refused_before_anything_runs(tmp_path, capsys, content, 
 def test_blank_picture_is_refused(tmp_path):
     path = picture(tmp_path / "blank.png", torch.zeros(1, 8, 8))
     with pytest.raises(ImageError, match="one grey value only"):
-        read_digit(path)
+        read_digit(path, 8)
 
 
 @pytest.mark.parametrize(
@@ -111,4 +112,10 @@ def test_version(capsys):
 
 def test_blur_keeps_a_constant_image():
     flat = torch.full((3, 1, 8, 8), 0.3)
-    assert (blur(flat) - flat).abs().max() < 1e-6
+    assert (blur(flat, 1.5) - flat).abs().max() < 1e-6
+
+
+def test_reduction_is_the_mean_of_squares():
+    x = torch.arange(16.0).reshape(1, 4, 4)
+    assert reduce(x, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert reduce(x.expand(3, 2, 1, 4, 4), 2).shape == (3, 2, 1, 2, 2)
