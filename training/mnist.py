@@ -5,6 +5,8 @@
     python training/mnist.py --classifiers  # only the two classifiers: some minutes
     python training/mnist.py --measure      # only the figures and the picture, from stored weights
 
+On several processes: `torchrun --nproc-per-node 2 training/mnist.py`; on a GPU: `--device cuda`.
+
 Needs the images (see `smcdiff.models.mnist.load_mnist`). Writes `models/weights/*.safetensors`,
 `training/mnist.json`, `training/mnist.png` and the curve; checkpoints go to `--checkpoints`.
 Nothing is trained on the 10,000 test images; settings were chosen by the loss on 5,000 validation
@@ -13,6 +15,7 @@ images.
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from typing import Any
 import torch
 from mnist_figures import measure
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from smcdiff.models.mnist import (
@@ -70,7 +73,7 @@ def config(minutes: float) -> TrainingConfig:
 def train_network(data: Mnist, heldout: Mnist, minutes: float, folder: Path, resume: bool) -> None:
     """Trains and stores the diffusion network, with a checkpoint every three minutes."""
     torch.manual_seed(0)
-    network = UNet(**NETWORK).to(memory_format=torch.channels_last)
+    network = UNet(**NETWORK).to(data.images.device, memory_format=torch.channels_last)
     some = heldout.images[:1000], heldout.labels[:1000]
     trainer = DenoisingTrainer(
         network, *data, config(minutes), objective=OBJECTIVE, validation=some
@@ -81,12 +84,14 @@ def train_network(data: Mnist, heldout: Mnist, minutes: float, folder: Path, res
         trainer.load(checkpoint)
 
     def report(step: int, loss: float) -> None:
-        if step % trainer.config.validate_every == 0:
+        if step % trainer.config.validate_every == 0 and trainer.rank == 0:
             print(json.dumps(trainer.history[-1]), flush=True)
 
     trainer.run(report, checkpoint=checkpoint, checkpoint_minutes=3.0)
+    if trainer.rank > 0:
+        return
     CURVE.write_text(json.dumps(trainer.history, indent=2) + "\n")
-    write("mnist", NETWORK, trainer.ema)
+    write("mnist", NETWORK, trainer.ema.cpu())
 
 
 def write(name: str, settings: dict[str, Any], module: nn.Module) -> None:
@@ -152,9 +157,10 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="from the last checkpoint")
     parser.add_argument("--checkpoints", type=Path, default=HERE.parent / "results" / "mnist")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="for the network's training")
     parser.add_argument("--classifiers", action="store_true", help="train the classifiers only")
     parser.add_argument("--measure", action="store_true", help="do not train")
-    parser.add_argument("--samples", type=int, default=2000, help="to measure, of each kind")
+    parser.add_argument("--samples", type=int, default=2000, help="to measure")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.measure:
@@ -167,6 +173,13 @@ def main() -> None:
         train_classifier("judge", train, heldout, warp, seed=12)
         train_classifier("guide", train, heldout, lambda x: add_noise(warp(x)), seed=11)
     else:
+        if "RANK" in os.environ:  # set by torchrun
+            distributed.init_process_group()
+            if options.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        train, heldout = (
+            Mnist(*(each.to(options.device) for each in part)) for part in (train, heldout)
+        )
         train_network(train, heldout, options.minutes, options.checkpoints, options.resume)
 
 
