@@ -6,7 +6,9 @@ All observed sites (and all latents downstream of a process) with a Gaussian law
 one vector of length d_y, all processes into one of length d.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float64
@@ -56,14 +58,22 @@ def operator(
     states = [execution.states[n] for n in names]
     rows = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
     cotangents = rows[:, None, :].expand(-1, batch, -1)
-    grads = torch.autograd.grad(
-        mean, states, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
-    )
+    grads = _pulled_back(mean, states, cotangents)
     full = [
         (s.new_zeros(len(rows), *s.shape) if g is None else g)[:, :batch].double().flatten(2)
         for g, s in zip(grads, states, strict=True)
     ]
     return torch.cat(full, -1).transpose(0, 1)
+
+
+def _pulled_back(mean: Tensor, states: list[Tensor], cotangents: Tensor) -> Sequence[Tensor | None]:
+    """The gradients of all rows at once; one by one where a backward pass cannot be batched."""
+    pull = partial(torch.autograd.grad, mean, states, retain_graph=True, allow_unused=True)
+    try:
+        return pull(cotangents, is_grads_batched=True)
+    except RuntimeError:  # such as that of a group norm after attention, or memory is short
+        rows = [pull(row) for row in cotangents]
+        return [None if one[0] is None else torch.stack(one) for one in zip(*rows, strict=True)]
 
 
 def constant_operator(
