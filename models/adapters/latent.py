@@ -37,16 +37,17 @@ class Decoder:
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         self.network, self.latent_dim, self.chunk_size = network, latent_dim, chunk_size
-        self.dtype, _, self.network_dtype = place(network)
         if isinstance(network, nn.Module):
             network.eval().requires_grad_(False)
 
     def __call__(self, z: Tensor) -> Tensor:
         """Latents of shape ``(*batch, *latent)`` to data of shape ``(*batch, *event)``."""
         batch = z.shape[: z.dim() - self.latent_dim]
-        rows = flatten_batch(z, self.latent_dim).to(self.network_dtype)
+        rows = flatten_batch(z, self.latent_dim)
+        if isinstance(self.network, nn.Module):
+            rows = rows.to(place(self.network)[2])
         data = torch.cat([self._decode(chunk) for chunk in rows.split(self.chunk_size)])
-        return data.to(self.dtype).reshape(*batch, *data.shape[1:])
+        return data.to(z.dtype).reshape(*batch, *data.shape[1:])
 
     def _decode(self, rows: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and rows.requires_grad):
