@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("smcdiff", "models", "inference")
-FILES = [file for folder in FOLDERS for file in sorted((ROOT / folder).glob("*.py"))]
+FILES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
 
 LINES_PER_FUNCTION = 40  # without signature and docstring
 LINES_PER_FILE = 350
