@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyro.distributions as dist
@@ -11,6 +12,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 import smcdiff.models
+import smcdiff.models.adapters
 from smcdiff import Process
 from smcdiff.dissection import draw
 from smcdiff.inference import SMC
@@ -26,6 +28,8 @@ from smcdiff.models import (
     Team,
     VariancePreserving,
 )
+from smcdiff.models.adapters import Scheduled
+from smcdiff.models.adapters.scheduled import Level, step
 from smcdiff.particles import flatten_tree, map_tree
 from smcdiff.process import is_deterministic
 
@@ -72,6 +76,20 @@ def flow(shape: tuple[int, ...] = (2, 3), **options: Any) -> Flow:
     return Flow(Counting(torch.Size(shape).numel()), shape, 3, **options)
 
 
+def scheduled(variance: str = "small") -> Scheduled:
+    """Steps of a library that ends with a little noise in x_0 and clips x_0, but not the noise."""
+    base = network(variance=variance, clip_denoised=(-1.0, 1.0))
+    pairs = zip(base.grid.alpha.tolist(), base.grid.sigma.tolist(), strict=True)
+    levels = [Level(0.99, 0.1), *(Level(*pair) for pair in pairs if pair[1] > 0)]
+    steps = [
+        step(now, then, 0.5, raw)
+        for then, now, raw in zip(levels, levels[1:], base.preconditioning[1:], strict=False)
+    ]
+    if variance == "learned":
+        steps = [replace(each, bounds=(each.variance, 2 * each.variance)) for each in steps]
+    return Scheduled(base, steps)
+
+
 def masked() -> MaskedDiffusion:
     return MaskedDiffusion(Tokens(), 2, 3, num_steps=3)
 
@@ -103,6 +121,8 @@ PROCESSES: dict[str, Callable[[], Process]] = {
     "Flow, ODE": lambda: flow(noise=0.0),
     "Flow, Heun": lambda: flow(noise=0.0, method="heun"),
     "Flow, torchdiffeq": lambda: flow(noise=0.0, method="rk4"),
+    "Scheduled": scheduled,
+    "Scheduled, learned": lambda: scheduled("learned"),
     "MaskedDiffusion": masked,
     "Controlled": lambda: Controlled(network(variance="large"), zero, scale=lambda t: 1.1),
     "Controlled, masked": lambda: Controlled(masked(), tilt),
@@ -126,8 +146,9 @@ def process(request: pytest.FixtureRequest) -> Process:
 def test_every_exported_process_has_a_row() -> None:
     exported = {
         name
-        for name in smcdiff.models.__all__
-        if inspect.isclass(found := getattr(smcdiff.models, name)) and issubclass(found, Process)
+        for module in (smcdiff.models, smcdiff.models.adapters)
+        for name in module.__all__
+        if inspect.isclass(found := getattr(module, name)) and issubclass(found, Process)
     }
     assert exported == {name.split(",")[0] for name in PROCESSES}
 
