@@ -4,7 +4,11 @@ The particles live in the latents and the program sees what they decode to::
 
     def program(y):
         image = decode(prior("z"))
-        pyro.sample("y", dist.Normal(image, 0.1).to_event(3), obs=y)
+        pyro.sample("y", dist.Normal(image[..., rows, columns], 0.1).to_event(2), obs=y)
+
+A decoder is not linear. ``TwistedSMC`` therefore linearises Gaussian observations anew at every
+state, with one backward pass per observed number: observe some pixels or features of the image
+rather than all of them, and where the decoder is far from linear take ``proposal="gradient"``.
 """
 
 from collections.abc import Callable
