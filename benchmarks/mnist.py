@@ -14,11 +14,11 @@ and for two functionals, their mean and the judge's logit of what it sees in the
 """
 
 import argparse
-import resource
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyro
 import torch
@@ -164,7 +164,7 @@ def peak(device: str) -> float:
     """The largest memory so far, in MB."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
 def coverage(dataset: Dataset, prior: Diffusion, arguments: argparse.Namespace) -> None:

@@ -51,8 +51,9 @@ class DenoisedLikelihood(Twist):
             scalar.
         num_draws: draws of x_0 for sites that are not Gaussian (0: evaluate at the mean).
         gradient: whether the proposal will want gradients.
-        curvature: whether it will want curvatures (None: where the Jacobian is known; a scalar one
-            may well be too narrow for data that is not Gaussian).
+        curvature: whether it will want curvatures (None: where the Jacobian is known and the
+            observations are linear; a scalar one may well be too narrow for data that is not
+            Gaussian).
     """
 
     def __init__(
@@ -87,8 +88,9 @@ class DenoisedLikelihood(Twist):
         self.closed = all(program.processes[n].closed_form for n in self.names)
         self.mode = self._choose(size)
         self._by_slope = self.mode == "jacobian" or (self.mode == "diagonal" and self.closed)
-        self._curved = self._by_slope if self.curvature is None else self.curvature
-        self.offers_start = bool(self.sites) and self._curved
+        affine = self.operator is not None  # elsewhere what holds at one state misleads at others
+        self._curved = self._by_slope and affine if self.curvature is None else self.curvature
+        self.offers_start = self._curved and affine
         through_network = bool(followed & set(self.names)) or (self.sites and not self._by_slope)
         self.measures_network = self.mode in ("diagonal", "jacobian") and not self.closed
         self.needs_gradient = bool(self.gradient and through_network) or self.measures_network

@@ -149,7 +149,8 @@ class TwistedSMC(ParticleMethod):
         num_draws: draws of x_0 for sites that are not Gaussian.
         proposal: ``"conjugate"``: shifted, narrowed, with a twisted start; ``"gradient"``: shifted
             only; ``"kernel"``: the process's own (for rewards without gradients); ``"auto"``:
-            conjugate where the twist knows the Jacobian, else gradient.
+            conjugate where the twist knows the Jacobian and the observations are linear, else
+            gradient.
         temper, clip: of the shift (:class:`TwistedKernel`); they never change the target.
         smoothing: of the log-weights (:class:`Settings`), because this look-ahead is a guess
             wherever the data are not Gaussian (None: 0.7, or 0 with rejuvenation).
