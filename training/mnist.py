@@ -9,8 +9,9 @@ On several processes: `torchrun --nproc-per-node 2 training/mnist.py`; on a GPU:
 
 Needs the images (see `smcdiff.models.mnist.load_mnist`). Writes `models/weights/*.safetensors`,
 `training/mnist.json`, `training/mnist.png` and the curve; checkpoints go to `--checkpoints`.
-Nothing is trained on the 10,000 test images; settings were chosen by the loss on 5,000 validation
-images.
+Nothing is trained on the 10,000 test images. The weights that ship took 67 minutes on two busy
+cores: 12,323 updates (curve: `training/mnist_curve.json`). `label_dropout` was 0.3 in the first 33
+minutes, and 0.5 from there on, since unconditional samples looked worse than those with a label.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def config(minutes: float) -> TrainingConfig:
         batch_size=64,
         learning_rate=1.5e-3,
         weight_decay=0.01,
-        label_dropout=0.3,
+        label_dropout=0.5,
         ema_decay=0.998,
         minutes=minutes,
         validate_every=400,
