@@ -68,7 +68,7 @@ def from_diffusers(
             the ODE (None: the scheduler's own, 0 for DDIM). SMC needs noise.
         noise: that of a flow, as in ``Flow``: ``"memoryless"`` for SMC (None: the scheduler's own
             step, which is the ODE unless it has ``stochastic_sampling``).
-        guidance: classifier-free guidance, for diffusion models.
+        guidance: classifier-free guidance.
         scale: the standard deviation of the data (or latents), for scalar look-aheads.
         context_dims: event dimensions of context tensors beyond the usual ones of diffusers.
         train: leave the network trainable and in its mode.
@@ -86,7 +86,7 @@ def from_diffusers(
     shape = _event_shape(network, event_shape)
     dims = {**CONTEXT_DIMS, **(context_dims or {})}
     is_flow = type(scheduler).__name__ == FLOW
-    _check_options(is_flow, eta, noise, guidance)
+    _check_options(is_flow, eta, noise)
     if is_flow and not (noise is None and scheduler.config.stochastic_sampling):
         times = flow_times(scheduler)
         wrapped = DiffusersNetwork(network, factor=float(scheduler.config.num_train_timesteps))
@@ -99,6 +99,7 @@ def from_diffusers(
             data_at=0,
             noise=noise,
             method="euler" if noise == 0 else "exponential",
+            guidance=guidance,
             scale=1.0 if scale is None else scale,
             context_dims=dims,
             train=train,
@@ -187,11 +188,7 @@ def _scheduled(
     return Scheduled(base, numbers.steps)
 
 
-def _check_options(
-    is_flow: bool, eta: float | None, noise: Noise | None, guidance: ClassifierFree | None
-) -> None:
-    if is_flow and guidance is not None:
-        raise ValueError("a Flow takes no guidance: guide within the network that it is given")
+def _check_options(is_flow: bool, eta: float | None, noise: Noise | None) -> None:
     if is_flow and eta is not None:
         raise ValueError(f"a flow has no eta, got {eta}: give noise='memoryless', or a number")
     if not is_flow and noise is not None:

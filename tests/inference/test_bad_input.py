@@ -531,7 +531,9 @@ def test_rejuvenation_cannot_change_what_a_twist_remembers(kind):
 @pytest.mark.parametrize("method", [SMC, TwistedSMC])
 def test_flow_says_that_only_its_source_is_weighted(method):
     """eta = 0: importance sampling from p(x_T), without resampling."""
-    with pytest.warns(UserWarning, match=r"no transition of \['x'\] has any variance \(eta = 0, or the ODE"):
+    with pytest.warns(
+        UserWarning, match=r"no transition of \['x'\] has any variance \(eta = 0, or the ODE"
+    ):
         last = run(seen(prior(eta=0.0)), method, ess_threshold=1.0, num_particles=64)
     assert not any(bool(step.resampled.any()) for step in last.history)
 

@@ -305,6 +305,19 @@ def test_guidance_is_that_of_the_network_output(double: None) -> None:
     assert process.calls(2) == 2
 
 
+def test_guidance_of_a_flow_is_that_of_its_velocity(double: None) -> None:
+    network, empty = conditional().double(), torch.zeros(5, 6)
+    x, states = torch.randn(2, 2, 8, 8), torch.randn(2, 5, 6)
+    guidance = ClassifierFree(3.0, {"encoder_hidden_states": empty})
+    guided = from_diffusers(network, FLOW(), 3, guidance=guidance)
+    plain = from_diffusers(network, FLOW(), 3)
+    found = guided.evaluate(x, 2, encoder_hidden_states=states)["velocity"]
+    own = plain.evaluate(x, 2, encoder_hidden_states=states)["velocity"]
+    null = plain.evaluate(x, 2, encoder_hidden_states=empty.expand(2, 5, 6))["velocity"]
+    torch.testing.assert_close(found, null + 3.0 * (own - null))
+    assert guided.calls(2) == 2
+
+
 def test_half_precision_network_has_float32_densities() -> None:
     network = unet().to(torch.bfloat16)
     process = from_diffusers(network, DDPM(), 3)
@@ -382,11 +395,6 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "eta above 1": (DDIM, {"eta": 1.5}, "between 0 and 1, got 1.5"),
     "eta of a flow": (FLOW, {"eta": 0.5}, "a flow has no eta"),
     "noise of a diffusion": (DDIM, {"noise": 1.0}, "noise is that of a flow"),
-    "guidance of a flow": (
-        FLOW,
-        {"guidance": ClassifierFree(2.0, {"class_labels": 0})},
-        "takes no guidance",
-    ),
     "data at 1": (lambda: FLOW(invert_sigmas=True), {}, "invert_sigmas"),
     "an estimate that EDM lacks": (
         lambda: SOLVER(solver_order=1, prediction_type="sample"),
