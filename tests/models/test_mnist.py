@@ -1,15 +1,28 @@
 """MNIST: the files are found and checked, the parts share no image, what ships loads and works."""
 
 import gzip
+import json
 import os
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+import pyro
 import pytest
 import torch
 
-from smcdiff.models import mnist
-from smcdiff.models.mnist import MnistClassifier, find_original, load_mnist, read_original
+from smcdiff.models import digits, mnist, mnist_prior
+from smcdiff.models.mnist import (
+    MnistClassifier,
+    find_original,
+    load_mnist,
+    mnist_classifier,
+    mnist_network,
+    read_original,
+)
+from smcdiff.models.objectives import validation_loss
 
+REPORT = Path(__file__).resolve().parents[2] / "training" / "mnist.json"
 NAMES = list(mnist.CHECKSUMS)
 
 
@@ -85,3 +98,80 @@ def test_classifiers_take_leading_axes(kind: str) -> None:
     assert logits.shape == (2, 3, 10)
     torch.testing.assert_close(logits[1, 2], classifier(images[1, 2]))
     assert classifier.features(images[0]).shape == (3, 16)
+
+
+# --------------------------------------------------------------------------------- what ships
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    return json.loads(REPORT.read_text())
+
+
+def test_network_is_small_frozen_and_float32() -> None:
+    network = mnist_network()
+    assert not network.training
+    assert {(p.dtype, p.requires_grad) for p in network.parameters()} == {(torch.float32, False)}
+    assert sum(p.numel() for p in network.parameters()) < 1_500_000
+
+
+@pytest.mark.smoke
+def test_weights_ship_and_are_small() -> None:
+    sizes = [
+        len((files("smcdiff.models") / "weights" / f"{name}.safetensors").read_bytes())
+        for name in ("mnist", "mnist_guide", "mnist_judge")
+    ]
+    assert sum(sizes) < 4_000_000
+
+
+@torch.no_grad()
+def test_network_does_not_mix_samples() -> None:
+    network = mnist_network().double()
+    x = torch.randn(3, 1, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    time, label = torch.linspace(0, 999, 3, dtype=torch.float64), torch.arange(3)
+    alone = [network(x[i : i + 1], time[i : i + 1], label[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(network(x, time, label), torch.cat(alone), rtol=1e-9, atol=1e-10)
+
+
+def test_loss_on_test_images_is_the_reported_one(
+    test_images: mnist.Mnist, report: dict[str, Any]
+) -> None:
+    some = [each[:1000] for each in test_images]
+    loss = validation_loss(mnist_network(), *some, draws=1)
+    assert loss == pytest.approx(report["first_1000_test_loss"], abs=1e-3)
+    without = validation_loss(mnist_network(), some[0], draws=1)
+    assert loss < without == pytest.approx(report["first_1000_test_loss_without_label"], abs=1e-3)
+
+
+@pytest.mark.parametrize(("which", "least"), [("guide", 0.97), ("judge", 0.992)])
+@torch.no_grad()
+def test_classifier_accuracy_is_the_reported_one(
+    which: str, least: float, test_images: mnist.Mnist, report: dict[str, Any]
+) -> None:
+    classifier = mnist_classifier(which)
+    logits = torch.cat([classifier(part) for part in test_images.images.split(1000)])
+    accuracy = (logits.argmax(-1) == test_images.labels).double().mean().item()
+    assert accuracy == pytest.approx(report[f"{which}_on_test"]["accuracy"], abs=2e-4)
+    assert accuracy > least
+
+
+@torch.no_grad()
+def test_prior_draws_digits_of_the_wanted_class() -> None:
+    pyro.set_rng_seed(0)
+    prior, labels = mnist_prior(num_steps=25), torch.arange(40) % 10
+    with pyro.plate("images", 40):
+        images, free = prior("x", label=labels), mnist_prior(num_steps=2)("free")
+    assert images.shape == free.shape == (40, 1, 28, 28)
+    found = mnist_classifier("judge")(images).argmax(-1)
+    assert (found == labels).sum() >= 34
+
+
+def test_unknown_classifier_is_refused() -> None:
+    with pytest.raises(ValueError, match="'guide' or 'judge'"):
+        mnist_classifier("jury")
+
+
+def test_missing_weights_name_the_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(digits, "files", lambda package: tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"training/mnist\.py"):
+        mnist_network()
