@@ -97,12 +97,14 @@ class Row:
     gradients: float
 
 
-def method_of(name: str, model, particles: int) -> ParticleMethod:  # type: ignore[no-untyped-def]
+def method_of(  # type: ignore[no-untyped-def]
+    name: str, model, particles: int, smoothing: float | None
+) -> ParticleMethod:
     size = {"num_particles": particles, "num_runs": 2}
     if name == "bootstrap":
         return SMC(model, **size)  # type: ignore[arg-type]
-    proposal = "gradient" if name in ("none", "scalar") else "conjugate"
-    return TwistedSMC(model, covariance=name, proposal=proposal, **size)  # type: ignore[arg-type]
+    size["proposal"] = "gradient" if name in ("none", "scalar") else "conjugate"
+    return TwistedSMC(model, covariance=name, smoothing=smoothing, **size)  # type: ignore[arg-type]
 
 
 def guided(problem: Problem, prior: Diffusion, number: int, strength: float = 0.1) -> Tensor:
@@ -117,7 +119,14 @@ def guided(problem: Problem, prior: Diffusion, number: int, strength: float = 0.
     return x
 
 
-def run(problem: Problem, prior: Diffusion, name: str, particles: int, seed: int) -> Row:
+def run(
+    problem: Problem,
+    prior: Diffusion,
+    name: str,
+    particles: int,
+    seed: int,
+    smoothing: float | None = None,
+) -> Row:
     exact, log_z = problem.denoiser.posterior(problem.operator, problem.noise**2, problem.y)
     pyro.set_rng_seed(seed)
     reference, other = exact.sample(2 * particles), exact.sample(2 * particles)
@@ -126,7 +135,8 @@ def run(problem: Problem, prior: Diffusion, name: str, particles: int, seed: int
         x = guided(problem, prior, 2 * particles)
         distance = sliced_wasserstein(x, reference) if bool(x.isfinite().all()) else float("inf")
         return Row(distance, floor, float("nan"), float("nan"), prior.num_steps, prior.num_steps)
-    posterior: Posterior = method_of(name, problem.program(prior), particles).run(problem.y)
+    method = method_of(name, problem.program(prior), particles, smoothing)
+    posterior: Posterior = method.run(problem.y)
     x = posterior.resample(particles)["x"].flatten(0, 1)
     sizes = [float(step.ess.min()) for step in posterior.history]
     smallest = min(*sizes, float(posterior.particles.ess.min())) / particles
@@ -150,7 +160,8 @@ def cell(dim: int, dim_y: int, arguments: argparse.Namespace) -> None:
             prior = Diffusion(
                 problem.denoiser, schedule, num_steps=arguments.steps, variance=arguments.variance
             )
-            rows.append(run(problem, prior, name, arguments.particles, seed))
+            size = arguments.particles
+            rows.append(run(problem, prior, name, size, seed, arguments.smoothing))
         print(describe(f"{dim},{dim_y}", name, rows), flush=True)
 
 
@@ -180,6 +191,7 @@ def main() -> None:
     parser.add_argument(
         "--log-snr", type=float, nargs=2, help="equal steps between these, not the published grid"
     )
+    parser.add_argument("--smoothing", type=float, help="of TwistedSMC (its default if not given)")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -93,12 +93,11 @@ class Demo:
         """Infers one posterior, tells of it, and returns the verdict."""
         method = TwistedSMC(
             problem.model,
-            covariance="scalar",
             proposal="gradient",
             ess_threshold=0.25,  # resampling seldom keeps more ancestors
             num_particles=self.num_particles,
             num_runs=self.num_runs,
-            **problem.options,
+            **{"covariance": "scalar", **problem.options},
         )
         pyro.set_rng_seed(self.seed)
         posterior = method.run(problem.data, progress=True)

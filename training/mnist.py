@@ -2,6 +2,7 @@
 
     python training/mnist.py --minutes 60   # the network, in an hour of whatever machine this is
     python training/mnist.py --resume       # the same, continued from its last checkpoint
+    python training/mnist.py --further      # a second training, from the weights that ship
     python training/mnist.py --classifiers  # only the two classifiers: some minutes
     python training/mnist.py --measure      # only the figures and the picture, from stored weights
 
@@ -33,6 +34,7 @@ from smcdiff.models.mnist import (
     Mnist,
     MnistClassifier,
     load_mnist,
+    mnist_network,
 )
 from smcdiff.models.networks import UNet
 from smcdiff.models.objectives import Objective
@@ -57,7 +59,7 @@ CURVE = HERE / "mnist_curve.json"
 CLASSIFIER_STEPS = {"guide": 3000, "judge": 4000}
 
 
-def config(minutes: float) -> TrainingConfig:
+def config(minutes: float, further: bool = False) -> TrainingConfig:
     """The settings of the network's training; its length follows the clock."""
     return TrainingConfig(
         steps=1_000_000,
@@ -65,23 +67,24 @@ def config(minutes: float) -> TrainingConfig:
         learning_rate=1.5e-3,
         weight_decay=0.01,
         label_dropout=0.5,
-        ema_decay=0.998,
+        ema_decay=0.9995 if further else 0.998,
+        seed=int(further),
         minutes=minutes,
         validate_every=400,
     )
 
 
-def train_network(data: Mnist, heldout: Mnist, minutes: float, folder: Path, resume: bool) -> None:
+def train_network(data: Mnist, heldout: Mnist, options: argparse.Namespace) -> None:
     """Trains and stores the diffusion network, with a checkpoint every three minutes."""
     torch.manual_seed(0)
-    network = UNet(**NETWORK).to(data.images.device, memory_format=torch.channels_last)
+    network = mnist_network().requires_grad_(True) if options.further else UNet(**NETWORK)
+    network = network.to(data.images.device, memory_format=torch.channels_last)
     some = heldout.images[:1000], heldout.labels[:1000]
-    trainer = DenoisingTrainer(
-        network, *data, config(minutes), objective=OBJECTIVE, validation=some
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / "network.safetensors"
-    if resume:
+    settings = config(options.minutes, options.further)
+    trainer = DenoisingTrainer(network, *data, settings, objective=OBJECTIVE, validation=some)
+    options.checkpoints.mkdir(parents=True, exist_ok=True)
+    checkpoint = options.checkpoints / "network.safetensors"
+    if options.resume:
         trainer.load(checkpoint)
 
     def report(step: int, loss: float) -> None:
@@ -91,7 +94,11 @@ def train_network(data: Mnist, heldout: Mnist, minutes: float, folder: Path, res
     trainer.run(report, checkpoint=checkpoint, checkpoint_minutes=3.0)
     if trainer.rank > 0:
         return
-    CURVE.write_text(json.dumps(trainer.history, indent=2) + "\n")
+    curve = json.loads(CURVE.read_text()) if options.further else []
+    before = {key: curve[-1][key] for key in ("step", "minutes")} if curve else {}
+    for row in trainer.history:
+        curve.append({key: value + before.get(key, 0) for key, value in row.items()})
+    CURVE.write_text(json.dumps(curve, indent=2) + "\n")
     write("mnist", NETWORK, trainer.ema.cpu())
 
 
@@ -156,6 +163,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="the folder with MNIST's files")
     parser.add_argument("--minutes", type=float, default=60.0, help="for the network's training")
     parser.add_argument("--resume", action="store_true", help="from the last checkpoint")
+    parser.add_argument("--further", action="store_true", help="start with the weights that ship")
     parser.add_argument("--checkpoints", type=Path, default=HERE.parent / "results" / "mnist")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="for the network's training")
@@ -181,7 +189,7 @@ def main() -> None:
         train, heldout = (
             Mnist(*(each.to(options.device) for each in part)) for part in (train, heldout)
         )
-        train_network(train, heldout, options.minutes, options.checkpoints, options.resume)
+        train_network(train, heldout, options)
 
 
 if __name__ == "__main__":
