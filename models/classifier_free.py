@@ -5,14 +5,21 @@ r"""Classifier-free guidance (Ho & Salimans 2022) as a process's own kernel.
 
 All parameterisations are affine in the network's output, so this is the same for each of them. The
 guided kernel is the prior: model and weights use the same one, and nothing remains to be corrected.
+
+Guidance harms at high noise, where it drops modes, and is not needed at low noise (Kynkäänniemi et
+al. 2024, arXiv 2404.07724): an interval of noise levels limits it to those in between, and outside
+there is one network call with the context instead of two.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .grids import Grid
 
 Rows = dict[str, Any]
 
@@ -26,15 +33,38 @@ class ClassifierFree:
         null: what stands for "no context", by name: a number or a tensor with the shape of one
             row's context, such as ``{"label": 10}`` or the embedding of an empty prompt. Context
             that is not named here is given to both.
+        interval: (low, high): it guides where low <= sigma_t / alpha_t <= high, the noise levels of
+            EDM and of the paper, whatever the schedule; elsewhere the network with its context is
+            the prior. ``schedule.grid(T)`` has them as ``noise``, beside the network's ``time``.
     """
 
     scale: float
     null: Mapping[str, Any]
+    interval: tuple[float, float] = (0.0, math.inf)
 
     def __post_init__(self) -> None:
         if not self.null:
             raise ValueError(
                 "classifier-free guidance needs to know what 'no context' is: null={'label': 10}"
+            )
+        if not 0 <= self.interval[0] < self.interval[1]:
+            raise ValueError(
+                "the interval of guidance is (low, high) with 0 <= low < high, in noise levels "
+                f"sigma / alpha, got {self.interval}: try (0.3, 5.0)"
+            )
+
+    def acts(self, noise: float) -> bool:
+        """Whether it guides where sigma_t / alpha_t is ``noise``."""
+        low, high = self.interval
+        return low <= noise <= high
+
+    def check_reach(self, grid: Grid) -> None:
+        """Refuses an interval that no step of a process is in."""
+        noises = grid.noise[1:].tolist()
+        if not any(map(self.acts, noises)):
+            raise ValueError(
+                f"no step lies in the interval of guidance {self.interval}: it is in noise levels "
+                f"sigma / alpha, which are {noises[0]:.3g} to {noises[-1]:.3g} here"
             )
 
     def both(self, x: Tensor, rows: Rows) -> tuple[Tensor, Rows]:

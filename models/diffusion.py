@@ -56,7 +56,7 @@ class Diffusion(Process):
         sigma_data: the standard deviation in the preconditioning of ``"edm"``.
         time: what the network is fed: ``"index"`` (integers), ``"sigma"``, ``"log_snr"``,
             ``"c_noise"``, a function of the grid, or the schedule's own (None).
-        guidance: classifier-free guidance, in one network call with twice the rows.
+        guidance: classifier-free guidance, in one network call with twice the rows where it acts.
         eta: 1 for DDPM, 0 for DDIM (a deterministic flow of its source).
         variance: V. ``"small"``: :math:`\eta^2\tilde\beta_t`, zero in the last step. ``"large"``:
             :math:`\eta^2\beta_t`. ``"learned"``: interpolated in logarithms by the second half of
@@ -105,6 +105,8 @@ class Diffusion(Process):
         if isinstance(network, nn.Module) and not train:
             network.eval().requires_grad_(False)
         self._signals = self._tabulate()
+        if guidance is not None:
+            guidance.check_reach(self.grid)
 
     @property
     def closed_form(self) -> bool:
@@ -131,9 +133,11 @@ class Diffusion(Process):
             return {"output": mean.reshape(x.shape)}
         flat = flatten_batch(self.preconditioning[t].fed(x), event_dim).to(self.network_dtype)
         rows = context_rows(context, batch, self.context_dims)
-        if self.guidance is not None:
-            flat, rows = self.guidance.both(flat, rows)
-        out = self._guided(self._ask(flat, rows, t))
+        guidance = self._guidance(t)
+        if guidance is None:
+            out = self._ask(flat, rows, t)
+        else:
+            out = self._guided(guidance, self._ask(*guidance.both(flat, rows), t))
         return {"output": out.reshape(*batch, *out.shape[1:])}
 
     def kernel(self, x: Tensor, t: int, evaluation: Tree = None, **context: Any) -> Kernel:
@@ -149,7 +153,7 @@ class Diffusion(Process):
         return self._signals[t]
 
     def calls(self, t: int) -> int:
-        return 1 if self.guidance is None else 2
+        return 1 if self._guidance(t) is None else 2
 
     # ------------------------------------------------------------------------------- the network
 
@@ -165,11 +169,14 @@ class Diffusion(Process):
             )
         return out
 
-    def _guided(self, output: Tensor) -> Tensor:
+    def _guidance(self, t: int) -> ClassifierFree | None:
+        """What guides at t, if anything does."""
+        guides = self.guidance is not None and self.guidance.acts(self.grid.noise[t].item())
+        return self.guidance if guides else None
+
+    def _guided(self, guidance: ClassifierFree, output: Tensor) -> Tensor:
         """Half the rows; a learned variance is that of the network with its context."""
-        if self.guidance is None:
-            return output
-        guided = self.guidance.combine(output)
+        guided = guidance.combine(output)
         if self.variance != "learned":
             return guided
         dim = -len(self.event_shape)

@@ -21,13 +21,14 @@ from .calls import ask, place
 from .classifier_free import ClassifierFree
 from .continuous import ContinuousSchedule, RectifiedFlow
 from .solvers import (
-    STAGES,
+    OWN,
     TORCHDIFFEQ,
     Noise,
     average_velocity,
     integrate,
     require_torchdiffeq,
     spread,
+    stages,
     transition,
 )
 from .velocities import levels
@@ -114,6 +115,8 @@ class Flow(Process):
         ]
         self._signals = self._tabulate()
         self._counted: dict[int, int] = {}
+        if guidance is not None:
+            guidance.check_reach(self.grid)
 
     @property
     def deterministic(self) -> bool:
@@ -128,18 +131,18 @@ class Flow(Process):
     def evaluate(self, x: Tensor, t: int, **context: Any) -> Tree:
         """The velocity dx/ds at x_t and, for solvers with stages, its average over the step; in at
         least float32, with shape ``(*batch, *event)``."""
-        s, after = self.grid.time[t].item(), self.grid.time[t - 1].item()
+        s, after = self._ends(t)
         count = 0
 
         def field(state: Tensor, at: float | Tensor) -> Tensor:
             nonlocal count
-            count += 1
+            count += self._calls_at(at)
             return self._ask(state, at, context)
 
         velocity = field(x, s)
         if self.method in ("exponential", "euler"):
             return {"velocity": velocity}
-        if self.method in STAGES:
+        if self.method in OWN:
             average = average_velocity(field, x, velocity, s, after, self.method)
         else:
             parameters = self._trainable() if self.adjoint else None
@@ -161,9 +164,10 @@ class Flow(Process):
         return self._signals[t] if self.source is None else None
 
     def calls(self, t: int) -> int:
-        """For solvers of torchdiffeq: those of the last evaluation (at first 1, as a guess)."""
-        count = STAGES.get(self.method) or self._counted.get(t, 1)
-        return count if self.guidance is None else 2 * count
+        """For solvers of torchdiffeq: those of the last evaluation (at first of its start only)."""
+        if t in self._counted:
+            return self._counted[t]
+        return sum(self._calls_at(s) for s in stages(*self._ends(t), self.method))
 
     def _ask(self, x: Tensor, s: float | Tensor, context: dict[str, Any]) -> Tensor:
         """dx/ds: the network's velocity, in this package's direction of time."""
@@ -172,13 +176,29 @@ class Flow(Process):
         at = torch.as_tensor(1.0 - s if self.data_at == 1 else s, dtype=torch.float64)
         flat = flatten_batch(x, event_dim).to(self.network_dtype)
         rows = context_rows(context, batch, self.context_dims)
-        if self.guidance is None:
+        guidance = self._guidance(s)
+        if guidance is None:
             out = ask(self.velocity, flat, at, rows)
         else:
-            twice, rows = self.guidance.both(flat, rows)
-            out = self.guidance.combine(ask(self.velocity, twice, at, rows))
+            twice, rows = guidance.both(flat, rows)
+            out = guidance.combine(ask(self.velocity, twice, at, rows))
         out = self._check_output(out, batch)
         return -out if self.data_at == 1 else out
+
+    def _guidance(self, s: float | Tensor) -> ClassifierFree | None:
+        """What guides at the time s, if anything does."""
+        if self.guidance is None:
+            return None
+        at = torch.tensor([float(s)], dtype=torch.float64)
+        alpha, sigma = self.schedule.level(at)
+        return self.guidance if self.guidance.acts((sigma / alpha).item()) else None
+
+    def _calls_at(self, s: float | Tensor) -> int:
+        return 1 if self._guidance(s) is None else 2
+
+    def _ends(self, t: int) -> tuple[float, float]:
+        """The times at which the step out of x_t begins and ends."""
+        return self.grid.time[t].item(), self.grid.time[t - 1].item()
 
     def _tabulate(self) -> list[Signal]:
         """The chain's own variance of x_0 given x_t: v_t = v_{t-1} + slope_{t-1}^2 V_t."""
@@ -197,9 +217,9 @@ class Flow(Process):
     # -------------------------------------------------------------------------------- bad input
 
     def _check(self) -> None:
-        if self.method not in (*STAGES, *TORCHDIFFEQ):
+        if self.method not in (*OWN, *TORCHDIFFEQ):
             raise ValueError(
-                f"method must be one of {', '.join((*STAGES, *TORCHDIFFEQ))}, got {self.method!r}"
+                f"method must be one of {', '.join((*OWN, *TORCHDIFFEQ))}, got {self.method!r}"
             )
         if isinstance(self.noise, str) and self.noise != "memoryless":
             raise ValueError(

@@ -79,6 +79,11 @@ class Grid:
         return len(self.alpha) - 1
 
     @property
+    def noise(self) -> Float64[Tensor, " times"]:
+        """sigma_t / alpha_t, the noise level of x_t / alpha_t (EDM's sigma)."""
+        return self.sigma / self.alpha
+
+    @property
     def log_snr(self) -> Float64[Tensor, " times"]:
         return 2 * (self.alpha.log() - self.sigma.log())
 

@@ -26,7 +26,7 @@ from .velocities import Levels
 Noise = float | str | Callable[[float], float]  # the only word is "memoryless"
 Field = Callable[[Tensor, float | Tensor], Tensor]  # the velocity at a state and a time s
 
-STAGES = {"exponential": 1, "euler": 1, "midpoint": 2, "heun": 2}  # calls per step
+OWN = ("exponential", "euler", "midpoint", "heun")
 TORCHDIFFEQ = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "rk4")
 NODES, WEIGHTS = map(torch.from_numpy, np.polynomial.legendre.leggauss(16))
 
@@ -104,14 +104,24 @@ def _lost(path: ContinuousSchedule, now: Levels, then: Levels, noise: Noise) -> 
     return half * float((WEIGHTS * nodes * (g / path.level(nodes)[1]).square()).sum())
 
 
+def stages(s: float, after: float, method: str) -> tuple[float, ...]:
+    """The times at which a step from s asks for velocities (of torchdiffeq's: the first)."""
+    match method:
+        case "midpoint":
+            return s, s - (s - after) / 2
+        case "heun":
+            return s, after
+        case _:
+            return (s,)
+
+
 def average_velocity(
     field: Field, x: Tensor, velocity: Tensor, s: float, after: float, method: str
 ) -> Tensor:
     """The velocity that takes x from s to ``after`` in one straight step, to second order."""
-    h = s - after
-    if method == "midpoint":
-        return field(x - h / 2 * velocity, s - h / 2)
-    return (velocity + field(x - h * velocity, after)) / 2  # Heun
+    at = stages(s, after, method)[1]
+    second = field(x - (s - at) * velocity, at)
+    return second if method == "midpoint" else (velocity + second) / 2  # Heun
 
 
 def integrate(

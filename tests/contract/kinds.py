@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pyro.distributions as dist
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from smcdiff import Process
 from smcdiff.models import (
     Chain,
+    ClassifierFree,
     Controlled,
     Diffusion,
     EnumeratedDenoiser,
@@ -75,6 +76,20 @@ def exploding() -> Process:
     schedule = VarianceExploding(0.5, 1.5)
     settings: Any = {"parameterization": "edm", "variance": "large"}
     return Diffusion(Linear(2), schedule, (1, 2), num_steps=2, **settings)
+
+
+def labelled(process: Process, label: float) -> Process:
+    """With a label even where the program gives none, as classifier-free guidance wants."""
+    process.evaluate = partial(process.evaluate, label=torch.tensor(label))  # type: ignore[method-assign]
+    return process
+
+
+@cache
+def guided() -> Process:
+    """Classifier-free guidance in the first of two steps."""
+    guidance = ClassifierFree(2.0, {"label": 0.0}, interval=(1.0, 5.0))
+    settings: Any = {"variance": "large", "guidance": guidance}
+    return labelled(Diffusion(Linear(2), SHORT, (1, 2), num_steps=2, **settings), 0.5)
 
 
 @cache
@@ -151,6 +166,7 @@ KINDS = {
     "exact": Kind(exact, lambda: Controlled(exact("large"), drift), 1),
     "network": Kind(network, lambda: Controlled(network(), drift), 2, 0.7),
     "exploding": Kind(exploding, lambda: Controlled(exploding(), drift), 2, 0.5),
+    "guidance": Kind(guided, lambda: Controlled(guided(), drift), 2, 0.7),
     "flow": Kind(flow, lambda: Controlled(flow(), drift), 2),
     "chain": Kind(chain, lambda: Controlled(chain(), drift_and_widen), 2, 0.4),
     "masked": Kind(masked, lambda: Controlled(masked(), tilt), 1, discrete=True),

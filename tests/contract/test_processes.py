@@ -18,6 +18,7 @@ from smcdiff.dissection import draw
 from smcdiff.inference import SMC
 from smcdiff.models import (
     Chain,
+    ClassifierFree,
     Controlled,
     Diffusion,
     EnumeratedDenoiser,
@@ -33,6 +34,8 @@ from smcdiff.models.adapters.scheduled import Level, step
 from smcdiff.particles import flatten_tree, map_tree
 from smcdiff.process import is_deterministic
 
+from .kinds import labelled
+
 SHORT = VariancePreserving([0.3, 0.5, 0.7])
 
 
@@ -43,9 +46,11 @@ class Counting(nn.Module):
         super().__init__()
         self.layer, self.rows = nn.Linear(size, channels * size), 0
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
         self.rows += len(x)
         out: Tensor = self.layer(x.flatten(1)) + 0.01 * time[:, None]
+        if label is not None:
+            out = out * (1 + 0.1 * label[:, None])
         return out.reshape(len(x), -1, *x.shape[2:])
 
 
@@ -74,6 +79,10 @@ def network(shape: tuple[int, ...] = (2, 3), **options: Any) -> Diffusion:
 
 def flow(shape: tuple[int, ...] = (2, 3), **options: Any) -> Flow:
     return Flow(Counting(torch.Size(shape).numel()), shape, 3, **options)
+
+
+def guidance(*interval: float) -> dict[str, Any]:
+    return {"guidance": ClassifierFree(3.0, {"label": 0.0}, interval)}  # type: ignore[arg-type]
 
 
 def scheduled(variance: str = "small") -> Scheduled:
@@ -111,6 +120,11 @@ PROCESSES: dict[str, Callable[[], Process]] = {
     "Diffusion, large": lambda: network(variance="large"),
     "Diffusion, learned": lambda: network(variance="learned"),
     "Diffusion, flow": lambda: network(eta=0.0),
+    "Diffusion, guided": lambda: labelled(network(**guidance(0.0, 9.0)), 2.0),
+    "Diffusion, guided in between": lambda: labelled(network(**guidance(1.0, 2.0)), 2.0),
+    "Diffusion, guided and learned": lambda: labelled(
+        network(variance="learned", **guidance(1.0, 2.0)), 2.0
+    ),
     "Diffusion, Gaussian": lambda: Diffusion(
         GaussianDenoiser(torch.randn(2), 1.3), SHORT, num_steps=3, variance="exact"
     ),
@@ -120,6 +134,10 @@ PROCESSES: dict[str, Callable[[], Process]] = {
     "Flow, noise": lambda: flow(noise=0.5, method="euler", data_at=0),
     "Flow, ODE": lambda: flow(noise=0.0),
     "Flow, Heun": lambda: flow(noise=0.0, method="heun"),
+    "Flow, guided": lambda: labelled(flow(**guidance(1.0, 3.0)), 2.0),
+    "Flow, guided within steps": lambda: labelled(
+        flow(noise=0.0, method="heun", **guidance(1.0, 3.0)), 2.0
+    ),
     "Flow, torchdiffeq": lambda: flow(noise=0.0, method="rk4"),
     "Scheduled": scheduled,
     "Scheduled, learned": lambda: scheduled("learned"),

@@ -327,6 +327,39 @@ def test_guidance_extrapolates_the_velocity() -> None:
     assert prior.calls(4) == 4
 
 
+TWO = (0.9, 4.0)  # of the noise levels 1/3, 1, 3 and infinity of four uniform steps
+
+
+@pytest.mark.parametrize(
+    ("method", "calls"),
+    [
+        ("euler", [1, 2, 2, 1]),
+        ("midpoint", [2, 3, 4, 2]),
+        ("heun", [2, 3, 4, 3]),
+        ("dopri5", None),
+    ],
+)
+def test_guidance_acts_in_its_interval(method: str, calls: list[int] | None) -> None:
+    """Velocities are the guided ones inside, those of the network with its context outside."""
+    asked = 0
+
+    def velocity(x: Tensor, time: Tensor, label: Tensor) -> Tensor:
+        nonlocal asked
+        asked += len(x)
+        return label[:, None] * x
+
+    guidance = ClassifierFree(3.0, {"label": 0}, TWO)
+    prior = Flow(velocity, (2,), 4, noise=0.0, method=method, guidance=guidance)
+    x, label = torch.randn(5, 2), torch.arange(5)
+    for t in range(1, 5):
+        asked = 0
+        found = prior.evaluate(x, t, label=label)["velocity"]
+        weight = 3.0 if t in (2, 3) else 1.0
+        torch.testing.assert_close(found, -weight * label[:, None] * x)
+        assert asked == 5 * prior.calls(t)
+        assert calls is None or prior.calls(t) == calls[t - 1]
+
+
 @pytest.mark.parametrize("data_at", [0, 1])
 def test_network_is_asked_at_the_times_of_the_schedule(data_at: int) -> None:
     times: list[float] = []

@@ -328,6 +328,32 @@ def test_guidance_is_the_formula_of_two_calls(scale: float) -> None:
     torch.testing.assert_close(output.reshape(35, 3), expected)
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_guidance_acts_in_its_interval(channels: int) -> None:
+    """Inside it is guidance, outside one call with the context: kernels and calls."""
+    network, null = Conditional(channels), {"label": 0.0}
+    variance = "large" if channels == 1 else "learned"
+
+    def prior(*guidance: Any) -> Diffusion:
+        schedule, settings = VariancePreserving([0.3, 0.5]), {"variance": variance}
+        if guidance:
+            settings["guidance"] = ClassifierFree(*guidance)
+        return Diffusion(network, schedule, (3,), 2, **settings)  # type: ignore[arg-type]
+
+    _, low, high = prior().grid.noise.tolist()
+    x, label = torch.randn(5, 3), torch.rand(5)
+    for interval, inside in {(0.0, low): 1, (low + 1e-6, high): 2}.items():
+        limited = prior(3.0, null, interval)
+        for t in (1, 2):
+            before, calls = network.rows, 2 if t == inside else 1
+            found = limited.kernel(x, t, label=label).law
+            assert network.rows - before == 5 * calls
+            assert limited.calls(t) == calls
+            wanted = (prior(3.0, null) if t == inside else prior()).kernel(x, t, label=label).law
+            torch.testing.assert_close(found.mean, wanted.mean)
+            torch.testing.assert_close(found.variance, wanted.variance)
+
+
 def test_context_that_is_not_guided_is_given_to_both() -> None:
     prior = guided(2.0, {"label": 0.0})
     x, label, text = torch.randn(5, 3), torch.rand(5), torch.randn(5, 4, 2)
@@ -474,6 +500,11 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "quantile": (lambda: DynamicThresholding(1.5), "quantile in"),
     "bound": (lambda: DynamicThresholding(bound=0.0), "positive bound"),
     "no null": (lambda: ClassifierFree(2.0, {}), "what 'no context' is"),
+    "interval": (lambda: ClassifierFree(2.0, {"label": 0}, (3.0, 1.0)), "0 <= low < high, .* got"),
+    "no step in the interval": (
+        lambda: network(guidance=ClassifierFree(2.0, {"label": 0}, (300.0, 900.0))),
+        r"no step lies in the interval.*\(300.0, 900.0\).*which are [\d.]+ to",
+    ),
     "exact": (
         lambda: Diffusion(denoiser(), num_steps=2, guidance=LABEL),
         "exact denoiser is not conditional",
