@@ -154,25 +154,12 @@ class Particles:
 
     def save(self, path: str | Path) -> None:
         """Writes everything to one safetensors file (no pickled code), atomically."""
-        tensors, shape = flatten_tree(self._as_tree())
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        contiguous = {k: v.detach().clone().contiguous().cpu() for k, v in tensors.items()}
-        save_file(contiguous, str(partial), {"format": FORMAT, "tree": json.dumps(shape)})
-        partial.replace(target)
+        save_tree(path, self._as_tree(), FORMAT)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Particles":
         """Reads what :meth:`save` wrote."""
-        with safe_open(str(path), "pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path} is not a saved run of this version of smcdiff (format "
-                    f"{metadata.get('format')!r}, expected {FORMAT!r})"
-                )
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        return cls._from_tree(unflatten_tree(json.loads(metadata["tree"]), tensors))
+        return cls._from_tree(load_tree(path, FORMAT, device))
 
     def _as_tree(self) -> dict[str, Tree]:
         tree = dict(vars(self))
@@ -222,3 +209,30 @@ def unflatten_tree(shape: Any, tensors: dict[str, Tensor]) -> Tree:
     if kind == "list":
         return [unflatten_tree(v, tensors) for v in content]
     return content
+
+
+def save_tree(path: str | Path, tree: Tree, kind: str) -> None:
+    """Writes a tree of that kind to one safetensors file (no pickled code), atomically."""
+    tensors, shape = flatten_tree(tree)
+    target = Path(path)
+    partial = target.with_name(target.name + ".partial")
+    contiguous = {k: v.detach().clone().contiguous().cpu() for k, v in tensors.items()}
+    save_file(contiguous, str(partial), {"format": kind, "tree": json.dumps(shape)})
+    partial.replace(target)
+
+
+def load_tree(path: str | Path, kind: str, device: torch.device | str = "cpu") -> Tree:
+    """Reads what :func:`save_tree` wrote.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    with safe_open(str(path), "pt", device=str(device)) as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != kind:
+            raise ValueError(
+                f"{path} is not a saved run of this version of smcdiff (format "
+                f"{metadata.get('format')!r}, expected {kind!r})"
+            )
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    return unflatten_tree(json.loads(metadata["tree"]), tensors)
