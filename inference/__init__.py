@@ -3,23 +3,32 @@
 from .denoised import DenoisedLikelihood
 from .engine import Settings
 from .guided import GuidedProposal
+from .learned import LearnedTwist
+from .learned_gaussian import GaussianKernels, QuadraticTwist
+from .learned_tokens import TokenTwist
 from .proposals import FromKernel, Proposal, TwistedKernel
 from .rejuvenation import Rejuvenation
 from .smc import SMC, NoTwist, ParticleMethod, TwistedSMC
 from .steering import IntermediateReward, Tempered
+from .trust_region import TrustRegionTwistedSMC
 
 __all__ = [
     "SMC",
     "DenoisedLikelihood",
     "FromKernel",
+    "GaussianKernels",
     "GuidedProposal",
     "IntermediateReward",
+    "LearnedTwist",
     "NoTwist",
     "ParticleMethod",
     "Proposal",
+    "QuadraticTwist",
     "Rejuvenation",
     "Settings",
     "Tempered",
+    "TokenTwist",
+    "TrustRegionTwistedSMC",
     "TwistedKernel",
     "TwistedSMC",
 ]

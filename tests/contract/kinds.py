@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from smcdiff import Process
+from smcdiff.inference import GaussianKernels, QuadraticTwist, TokenTwist
 from smcdiff.models import (
     Chain,
     ClassifierFree,
@@ -177,3 +178,27 @@ KINDS = {
 def plain_law(kind: str) -> Law:
     """The law without a label, which most structures need."""
     return KINDS[kind].law()
+
+
+def quadratic() -> QuadraticTwist:
+    """A quadratic twist of ``x``, as if it had been learned."""
+    twist = QuadraticTwist()
+    table = torch.tensor([[0.5], [0.3]]).double()  # alike for all elements
+    twist.restore({f"x/{s}": table / (1 + s) for s in range(3)})
+    return twist
+
+
+def kernels() -> GaussianKernels:
+    """Affine changes of the transitions of ``x``, as if they had been learned."""
+    twist = GaussianKernels()
+    rows = [[0.3], [-0.4], [0.1], [0.2], [0.9]]
+    twist.restore({f"x/{s}": torch.tensor(rows).double() for s in range(3)})
+    return twist
+
+
+def tokens() -> TokenTwist:
+    """Log-biases of two positions ``w`` of three tokens and the mask."""
+    twist = TokenTwist()
+    table = torch.tensor([[0.1, -0.3, 0.2, 0.4], [0.0, 0.3, 0.1, -0.2]]).double()
+    twist.restore({f"w/{s}": table for s in range(2)})
+    return twist

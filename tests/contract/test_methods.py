@@ -21,13 +21,14 @@ from smcdiff.inference import (
     Proposal,
     Rejuvenation,
     Settings,
+    TrustRegionTwistedSMC,
     TwistedSMC,
 )
 from smcdiff.models import Controlled
 from smcdiff.particles import flatten_tree
 from smcdiff.twist import Twist
 
-from .kinds import drift, masked, network
+from .kinds import drift, masked, network, quadratic
 
 Y = torch.tensor([0.4, -1.0])
 
@@ -46,17 +47,23 @@ def guide(y: Tensor) -> None:
     masked()("w")
 
 
+def learned(**options: Any) -> ParticleMethod:
+    """With parameters as they are: learning has tests of its own."""
+    return TrustRegionTwistedSMC(model, quadratic(), epsilon=0.1, **options)
+
+
 METHODS: dict[str, Callable[..., ParticleMethod]] = {
     "SMC": lambda **options: SMC(model, **options),
     "SMC, importance sampling": lambda **options: SMC(model, **{**options, "ess_threshold": 0.0}),
     "SMC, guided": lambda **options: SMC(model, guide, **options),
     "SMC, rejuvenated": lambda **options: SMC(model, rejuvenation=Rejuvenation(), **options),
     "SMC, steered": lambda **options: SMC(model, twist=IntermediateReward("max"), **options),
+    "TrustRegionTwistedSMC": lambda **options: learned(num_iterations=0, **options),
     "TwistedSMC": lambda **options: TwistedSMC(model, **options),
     "TwistedSMC, gradient": lambda **options: TwistedSMC(model, proposal="gradient", **options),
     "TwistedSMC, kernel": lambda **options: TwistedSMC(model, proposal="kernel", **options),
 }
-ABSTRACT = {"ParticleMethod", "Proposal"}
+ABSTRACT = {"LearnedTwist", "ParticleMethod", "Proposal"}
 
 
 @pytest.fixture(params=METHODS)

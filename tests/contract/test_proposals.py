@@ -29,7 +29,7 @@ from smcdiff.models import Controlled, Diffusion, Team
 from smcdiff.process import is_deterministic
 
 from ..oracles import affine
-from .kinds import SHORT, Linear, drift, exact, masked, network, tilt
+from .kinds import SHORT, Linear, drift, exact, kernels, masked, network, quadratic, tilt, tokens
 
 
 def guide() -> None:
@@ -52,6 +52,9 @@ PROPOSALS: dict[str, Callable[[], Proposal]] = {
     "TwistedKernel, tempered": lambda: TwistedKernel(temper=0.5),
     "TwistedKernel, clipped": lambda: TwistedKernel(clip=0.3),
     "GuidedProposal": lambda: GuidedProposal(guide),
+    "GaussianKernels": kernels,
+    "QuadraticTwist": quadratic,
+    "TokenTwist": tokens,
 }
 
 
@@ -86,7 +89,7 @@ def test_every_exported_proposal_has_a_row() -> None:
         for name in smcdiff.inference.__all__
         if inspect.isclass(found := getattr(smcdiff.inference, name))
         and issubclass(found, Proposal)
-        and found is not Proposal
+        and not inspect.isabstract(found)
     }
     assert exported == {name.split(",")[0] for name in PROPOSALS}
 
