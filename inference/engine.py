@@ -337,5 +337,5 @@ def restore_rng(state: Particles) -> None:
 
 
 def _count_roots(roots: Tensor) -> Tensor:
-    ordered = roots.sort(-1).values
-    return 1 + (ordered[..., 1:] != ordered[..., :-1]).sum(-1)
+    alive = torch.zeros_like(roots, dtype=torch.bool).scatter(-1, roots, True)
+    return alive.sum(-1)
