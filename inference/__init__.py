@@ -5,6 +5,7 @@ from .engine import Settings
 from .guided import GuidedProposal
 from .learned import LearnedTwist
 from .learned_gaussian import GaussianKernels, QuadraticTwist
+from .learned_residual import ResidualTwist
 from .learned_tokens import TokenTwist
 from .proposals import FromKernel, Proposal, TwistedKernel
 from .rejuvenation import Rejuvenation
@@ -25,6 +26,7 @@ __all__ = [
     "Proposal",
     "QuadraticTwist",
     "Rejuvenation",
+    "ResidualTwist",
     "Settings",
     "Tempered",
     "TokenTwist",

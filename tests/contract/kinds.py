@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from smcdiff import Process
-from smcdiff.inference import GaussianKernels, QuadraticTwist, TokenTwist
+from smcdiff.inference import (
+    DenoisedLikelihood,
+    GaussianKernels,
+    QuadraticTwist,
+    ResidualTwist,
+    TokenTwist,
+)
 from smcdiff.models import (
     Chain,
     ClassifierFree,
@@ -202,3 +208,21 @@ def tokens() -> TokenTwist:
     table = torch.tensor([[0.1, -0.3, 0.2, 0.4], [0.0, 0.3, 0.1, -0.2]]).double()
     twist.restore({f"w/{s}": table for s in range(2)})
     return twist
+
+
+class Bend(nn.Module):
+    """A residual of some size, for states of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, inputs: Tensor, time: Tensor) -> Tensor:
+        x = inputs[:, : inputs.shape[1] // 3]
+        h = (self.slope * x).tanh().sum(-1, keepdim=True)
+        return torch.cat([self.slope * (x - 1).tanh(), h], -1)
+
+
+def residual() -> ResidualTwist:
+    """A network on top of the denoised likelihood, as if it had been trained."""
+    return ResidualTwist(DenoisedLikelihood(), Bend())

@@ -29,7 +29,19 @@ from smcdiff.models import Controlled, Diffusion, Team
 from smcdiff.process import is_deterministic
 
 from ..oracles import affine
-from .kinds import SHORT, Linear, drift, exact, kernels, masked, network, quadratic, tilt, tokens
+from .kinds import (
+    SHORT,
+    Linear,
+    drift,
+    exact,
+    kernels,
+    masked,
+    network,
+    quadratic,
+    residual,
+    tilt,
+    tokens,
+)
 
 
 def guide() -> None:
@@ -54,6 +66,7 @@ PROPOSALS: dict[str, Callable[[], Proposal]] = {
     "GuidedProposal": lambda: GuidedProposal(guide),
     "GaussianKernels": kernels,
     "QuadraticTwist": quadratic,
+    "ResidualTwist": residual,
     "TokenTwist": tokens,
 }
 
@@ -110,7 +123,8 @@ def program(variance: str = "large") -> Callable[[], None]:
 
 
 def run(proposal: Proposal, model: Any = None, size: int = 2000) -> list[Particles]:
-    twist = Blind(DenoisedLikelihood("jacobian", num_draws=2))
+    own = proposal if isinstance(proposal, Twist) else None  # what learns is both
+    twist = Blind(own or DenoisedLikelihood("jacobian", num_draws=2))
     method = SMC(
         model or program(), twist=twist, proposal=proposal, num_particles=size, ess_threshold=0.0
     )

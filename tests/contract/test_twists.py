@@ -20,13 +20,14 @@ from smcdiff.inference import (
     IntermediateReward,
     NoTwist,
     Proposal,
+    ResidualTwist,
     Tempered,
     TwistedKernel,
 )
 from smcdiff.particles import flatten_tree
 
 from ..oracles import moments
-from .kinds import kernels, masked, network, quadratic, tokens
+from .kinds import Bend, kernels, masked, network, quadratic, residual, tokens
 from .structures import STRUCTURES, Pieces
 from .test_any_program import SIZES, check
 
@@ -45,6 +46,8 @@ TWISTS: dict[str, Callable[[], Twist]] = {
     "DenoisedLikelihood, without gradient": lambda: DenoisedLikelihood("scalar", gradient=False),
     "GaussianKernels": kernels,
     "QuadraticTwist": quadratic,
+    "ResidualTwist": residual,
+    "ResidualTwist, alone": lambda: ResidualTwist(None, Bend()),
     "TokenTwist": tokens,
 }
 PROPOSALS: dict[str, Callable[[], Proposal]] = {

@@ -1,0 +1,321 @@
+r"""A network on top of an analytic twist.
+
+The analytic twist proposes :math:`q(e) = N(e; V d, (V^{-1} + H)^{-1})` around the kernel's mean
+(``linear_gaussian.py``) and says :math:`\log \psi`. The network sees the state, the denoised
+estimate, the analytic direction and what else it is shown, and adds to both,
+
+.. math:: d \mathrel{+}= V^{-1/2} u_\theta, \qquad \log \psi \mathrel{+}= h_\theta,
+
+u being fitted by weighted likelihood, h by regression on the log-weight still to come. Its last
+layer starts at zero: before any learning this *is* the analytic twist (or, without one, the model's
+own transition).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
+from torch.nn.functional import smooth_l1_loss
+
+from smcdiff.process import Kernel, Tree
+from smcdiff.program import Program
+from smcdiff.twist import Twist, TwistValue, View
+
+from .descent import Descent, Loss
+from .learned import Draw, LearnedTwist, Paths
+from .linear_gaussian import Covariance, LocalTwist, TwistedStep, law_covariance, stack
+from .proposals import Move, Start, TwistedKernel
+
+TIMES = 4  # features of t
+
+
+class ResidualHead(nn.Module):
+    """Two hidden layers between standardised inputs and outputs that start at zero.
+
+    Args:
+        inputs, outputs: how many.
+        width: of the hidden layers.
+    """
+
+    centre: Tensor
+    scale: Tensor
+
+    def __init__(self, inputs: int, outputs: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(inputs))
+        self.register_buffer("scale", torch.ones(inputs))
+        size = inputs + TIMES
+        self.hidden = nn.Sequential(
+            nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        )
+        self.last = nn.Linear(width + size, outputs)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(
+        self, inputs: Float[Tensor, "path input"], time: Float[Tensor, " path"]
+    ) -> Float[Tensor, "path output"]:
+        angle = math.pi * time[:, None]
+        times = torch.cat([time[:, None], time[:, None] ** 2, angle.cos(), angle.sin()], -1)
+        features = torch.cat([(inputs - self.centre) / self.scale, times], -1)
+        out: Tensor = self.last(torch.cat([self.hidden(features), features], -1))
+        return out
+
+    def standardise(self, inputs: Float[Tensor, "path input"]) -> None:
+        """Fixes what is subtracted from the inputs, and what they are divided by."""
+        self.centre.copy_(inputs.mean(0))
+        self.scale.copy_(inputs.std(0).clamp(min=1e-3))
+
+
+@dataclass(frozen=True)
+class Steered:
+    """One recorded draw under the analytic proposal, to be scored under any residual.
+
+    Attributes:
+        noise: the draw as an offset from the kernel's mean.
+        covariance: V.
+        local: the analytic look-ahead.
+    """
+
+    noise: Float64[Tensor, "path d"]
+    covariance: Covariance
+    local: LocalTwist
+
+    def take(self, rows: Tensor) -> "Steered":
+        """Some of the paths."""
+
+        def cut(part: Tensor | None) -> Tensor | None:
+            return part if part is None or len(part) == 1 else part[rows]
+
+        diagonal, local = cut(self.covariance.diagonal), self.local
+        assert diagonal is not None
+        return Steered(
+            self.noise[rows],
+            Covariance(diagonal, cut(self.covariance.factor)),
+            LocalTwist(local.direction[rows], *map(cut, (local.slope, local.noise, local.total))),
+        )
+
+    def log_ratio(self, u: Float64[Tensor, "path d"]) -> Float64[Tensor, " path"]:
+        """log p - log q."""
+        direction = self.local.direction + u / self.covariance.diagonal.sqrt()
+        local = replace(self.local, direction=direction)
+        return TwistedStep(self.covariance, local).log_ratio(self.noise)
+
+
+class ResidualTwist(LearnedTwist):
+    """A learned residual on an analytic twist and its proposal.
+
+    Args:
+        base: the analytic twist, such as ``DenoisedLikelihood()`` (None: start at the model).
+        network: ``network(inputs, time)`` with inputs of shape ``(path, k)`` (the states, their
+            denoised estimates, the direction in units of the kernel's deviation and the context,
+            side by side) and t / T of shape ``(path,)``; returns u and h with shape ``(path, d +
+            1)``, zero at first. It is trained in place. None: a :class:`ResidualHead`.
+        width: of the latter's layers.
+        context: names of sites that the network sees as well: observed values, so that one network
+            serves many observations, or latents.
+        pseudo_count: the anchor, in paths of the base.
+        descent: how the network is trained.
+    """
+
+    def __init__(
+        self,
+        base: Twist | None = None,
+        network: nn.Module | None = None,
+        *,
+        width: int = 64,
+        context: Sequence[str] = (),
+        pseudo_count: float = 1.0,
+        descent: Descent = Descent(),  # noqa: B008 (a frozen value)
+    ) -> None:
+        self.base, self.network, self.width = base, network, width
+        self.context, self.pseudo_count, self.descent = tuple(context), pseudo_count, descent
+        self.steer = TwistedKernel()
+
+    def prepare(self, program: Program) -> None:
+        self.steer.prepare(program)
+        self.names, self.num_steps, self.size = self.steer.names, program.num_steps, 1
+        for name in self.names:
+            process = program.processes[name]
+            if any(process.shape_at(t) != process.event_shape for t in range(self.num_steps + 1)):
+                raise ValueError(
+                    f"process {name!r} changes shape on its way, and one network sees all steps: "
+                    "take GaussianKernels or a QuadraticTwist"
+                )
+        if self.base is not None:
+            self.base.prepare(program)
+            for flag in (n for n, default in vars(Twist).items() if isinstance(default, bool)):
+                setattr(self, flag, getattr(self.base, flag))
+
+    @property
+    def num_draws(self) -> int:
+        return 0 if self.base is None else self.base.num_draws
+
+    @property
+    def paths_needed(self) -> float:
+        if self.network is None:
+            return 0.0
+        count = sum(p.numel() for p in self.network.parameters())
+        return count / (self.num_steps * self.size)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {} if self.network is None else {n: v.clone() for n, v in self._state().items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        if self.network is None and tensors:
+            inputs, outputs = len(tensors["centre"]), len(tensors["last.bias"])
+            self.network = ResidualHead(inputs, outputs, self.width)
+        if self.network is not None and tensors:
+            self.network.load_state_dict(tensors)
+
+    def _state(self) -> Mapping[str, Tensor]:
+        assert self.network is not None
+        return self.network.state_dict()
+
+    # ------------------------------------------------------------------------- twist and proposal
+
+    def evaluate(self, view: View) -> TwistValue:
+        like = next(iter(view.x.values()))
+        zero = torch.zeros(view.batch, dtype=torch.float64, device=like.device)
+        value = TwistValue(zero) if self.base is None else self.base.evaluate(view)
+        if not self.names:
+            return value
+        with torch.no_grad():
+            shown = self._context(view)
+            states = {n: x.detach() for n, x in view.x.items()}
+            inputs = self._inputs(states, view.kernels, value.cache, shown)
+            self.size = stack({n: states[n] for n in self.names}).shape[1]
+            if self.network is None:
+                head = ResidualHead(inputs.shape[1], self.size + 1, self.width)
+                self.network = head.to(inputs.device)
+            u, h = self._output(inputs, view.t)
+        cache = {**value.cache, "residual": u, "value": h, "context": shown}
+        return TwistValue(value.log_psi + h, cache, value.memory)
+
+    def start(self, start: Start) -> Move:
+        return self.steer.start(start)
+
+    def move(self, t: int, x: dict[str, Tensor], kernels: dict[str, Kernel], cache: Tree) -> Move:
+        covariance = self._covariance(kernels, x)
+        if covariance is None or "residual" not in cache["twist"]:
+            return self.steer.move(t, x, kernels, cache)
+        twist = cache["twist"]
+        direction = twist.get("direction", 0.0) + twist["residual"] / covariance.diagonal.sqrt()
+        steered = {**cache, "twist": {**twist, "direction": direction}}
+        return self.steer.move(t, x, kernels, steered)
+
+    def log_ratio(self, draw: Draw) -> Float64[Tensor, " path"]:
+        like = next(iter(draw.after.values()))
+        steered = self._steered(draw) if draw.kernels else None
+        if steered is None:
+            return torch.zeros(len(like), dtype=torch.float64, device=like.device)
+        inputs = self._inputs(draw.before, draw.kernels, *self._seen(draw))
+        return steered.log_ratio(self._output(inputs, draw.s + 1)[0])
+
+    # -------------------------------------------------------------------------------- the algebra
+
+    def _covariance(
+        self, kernels: Mapping[str, Kernel], x: Mapping[str, Tensor]
+    ) -> Covariance | None:
+        """V, where there is something to steer; None elsewhere."""
+        laws = {n: kernels[n].law for n in self.names}
+        alike = all(law.mean.shape == x[n].shape for n, law in laws.items())
+        return law_covariance(laws) if alike else None
+
+    def _steered(self, draw: Draw) -> Steered | None:
+        """What the analytic twist makes of a draw; None where nothing is steered."""
+        covariance, twist = self._covariance(draw.kernels, draw.before), draw.cache["twist"]
+        if covariance is None:
+            return None
+        means = stack({n: draw.laws[n].mean for n in self.names})
+        noise = stack({n: draw.after[n] for n in self.names}) - means
+        direction = twist.get("direction", torch.zeros_like(noise))
+        local = LocalTwist(direction)
+        if "slope" in twist:
+            local = LocalTwist(direction, twist["slope"], twist["noise"], twist.get("total"))
+        return Steered(noise, covariance, local)
+
+    @staticmethod
+    def _seen(draw: Draw) -> tuple[Tree, Tensor]:
+        """The analytic twist's cache and the context."""
+        return draw.cache["twist"], draw.cache["twist"]["context"]
+
+    def _inputs(
+        self,
+        x: Mapping[str, Tensor],
+        kernels: Mapping[str, Kernel],
+        twist: Tree,
+        context: Tensor,
+    ) -> Float64[Tensor, "path input"]:
+        states = stack({n: x[n] for n in self.names})
+        estimates = stack({n: kernels[n].denoised.mean for n in self.names})
+        covariance = self._covariance(kernels, x)
+        direction = torch.zeros_like(states)
+        if "direction" in twist and covariance is not None:
+            direction = (twist["direction"] * covariance.diagonal.sqrt()).asinh()
+        return torch.cat([states, estimates, direction, context], -1)
+
+    def _output(self, inputs: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """u and h, in float64."""
+        assert self.network is not None
+        parameter = next(self.network.parameters())
+        time = torch.full_like(inputs[:, 0], t / self.num_steps)
+        out = self.network(inputs.to(parameter), time.to(parameter)).double()
+        if tuple(out.shape) != (len(inputs), self.size + 1):
+            raise ValueError(
+                f"the network of {type(self).__name__} returned shape {tuple(out.shape)} at step "
+                f"t = {t}, but {(len(inputs), self.size + 1)} is needed: the residual of the "
+                f"direction in {self.size} elements, and that of log psi"
+            )
+        return out[:, :-1], out[:, -1]
+
+    def _context(self, view: View) -> Float64[Tensor, "path context"]:
+        """The values of the sites that the network sees, side by side."""
+        like = next(iter(view.x.values()))
+        shown = [torch.zeros(view.batch, 0, dtype=torch.float64, device=like.device)]
+        for name in self.context:
+            if name not in view.execution.sites:
+                raise ValueError(
+                    f"context names {name!r}, but the program's sites are "
+                    f"{sorted(view.execution.sites)}"
+                )
+            site = view.execution.sites[name]
+            value = torch.as_tensor(site.value).detach().double().expand(site.fn.shape())
+            shown.append(value[: view.batch].flatten(1))
+        return torch.cat(shown, -1)
+
+    # ------------------------------------------------------------------------------- the learning
+
+    def fit(self, paths: Paths, weights: Float64[Tensor, " path"]) -> None:
+        size = float(1 / weights.square().sum())
+        trust = size / (size + self.pseudo_count)
+        draws = list(paths.draws())[1:]
+        if isinstance(self.network, ResidualHead) and not bool(self.network.last.weight.any()):
+            inputs = [self._inputs(d.before, d.kernels, *self._seen(d)) for d in draws]
+            self.network.standardise(torch.cat(inputs).to(self.network.centre))
+        losses = []
+        for draw, to_go in zip(draws, paths.to_go(), strict=True):
+            foreseen = draw.cache["log_psi"] - draw.cache["twist"]["value"]
+            target = (to_go - foreseen).nan_to_num(neginf=0.0)  # paths without weight: no matter
+            target = target - weights @ target
+            losses.append(self._loss(draw, target, trust))
+        if self.network is not None:
+            self.descent.minimise(self.network.parameters(), losses, weights)
+
+    def _loss(self, draw: Draw, target: Tensor, trust: float) -> Loss:
+        """The anchored negative log-likelihood of one draw, and the misfit of log psi."""
+        inputs = self._inputs(draw.before, draw.kernels, *self._seen(draw))
+        steered = self._steered(draw)
+
+        def loss(rows: Tensor) -> Tensor:
+            u, h = self._output(inputs[rows], draw.s + 1)
+            misfit = smooth_l1_loss(h, target[rows], reduction="none")
+            if steered is None:
+                return misfit
+            likelihood = -steered.take(rows).log_ratio(u)
+            return misfit - trust * likelihood + (1 - trust) * 0.5 * u.square().sum(-1)
+
+        return loss
