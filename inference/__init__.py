@@ -5,6 +5,7 @@ from .engine import Settings
 from .guided import GuidedProposal
 from .learned import LearnedTwist
 from .learned_gaussian import GaussianKernels, QuadraticTwist
+from .learned_joint import JointTwist
 from .learned_residual import ResidualTwist
 from .learned_tokens import TokenTwist
 from .proposals import FromKernel, Proposal, TwistedKernel
@@ -20,6 +21,7 @@ __all__ = [
     "GaussianKernels",
     "GuidedProposal",
     "IntermediateReward",
+    "JointTwist",
     "LearnedTwist",
     "NoTwist",
     "ParticleMethod",

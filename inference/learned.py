@@ -113,7 +113,12 @@ class LearnedTwist(Twist, Proposal, ABC):
 
     It starts at the model's own law with psi = 1 (or at an analytic twist), learns in place, and is
     frozen wherever it is merely used: ``SMC(model, twist=learned, proposal=learned)``.
+
+    Attributes:
+        names: the processes that it changes; known once a program is prepared.
     """
+
+    names: tuple[str, ...]
 
     @property
     @abstractmethod

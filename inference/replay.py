@@ -63,7 +63,7 @@ class Pool:
             bases.append(self._rows(-ratios[-1] - mixture) + sampling)
         return torch.cat(logs, -1), torch.cat(bases, -1)
 
-    def all_paths(self, weights: PerPath) -> tuple[Paths, Float64[Tensor, " path"]]:
+    def all_paths(self, weights: PerPath) -> tuple[Paths, Float64[Tensor, " row"]]:
         """All paths as one, with their weights in the same order, adding to one."""
         parts = weights.split([len(p.at_start) // self.num_problems for p, _ in self.sweeps], -1)
         flat = torch.cat([part.flatten() for part in parts]) / self.num_problems

@@ -33,6 +33,7 @@ from smcdiff.weights import effective_sample_size, normalise
 from .engine import Engine, Settings
 from .escort import TrustRegion, divergence, escort_weights, predict_iterations
 from .learned import LearnedTwist, record
+from .learned_joint import JointTwist
 from .proposals import Proposal
 from .replay import PerPath, Pool
 from .smc import ParticleMethod
@@ -80,7 +81,8 @@ class TrustRegionTwistedSMC(ParticleMethod):
     Args:
         model: a Pyro callable with at least one process.
         learned: what learns, in place: it starts as it is given, and can be saved and used in
-            ``SMC(model, twist=learned, proposal=learned)`` afterwards.
+            ``SMC(model, twist=learned, proposal=learned)`` afterwards (None: a new
+            :class:`JointTwist`, for any program).
         epsilon, ess_target: the trust region (:class:`~smcdiff.inference.escort.TrustRegion`).
         num_iterations: the most that are made. Learning ends sooner once a whole step is taken
             (tau = 1) at an effective sample size above ``good_ess``, or without gaining any twice.
@@ -98,7 +100,7 @@ class TrustRegionTwistedSMC(ParticleMethod):
     def __init__(
         self,
         model: Callable[..., Any],
-        learned: LearnedTwist,
+        learned: LearnedTwist | None = None,
         *,
         epsilon: float = 0.5,
         ess_target: float | None = None,
@@ -118,7 +120,7 @@ class TrustRegionTwistedSMC(ParticleMethod):
             num_particles, num_runs, ess_threshold, resampler, chunk_size, smoothing=smoothing
         )
         super().__init__(model, settings, per_problem)
-        self.learned, self.region = learned, TrustRegion(epsilon, ess_target)
+        self.learned, self.region = learned or JointTwist(), TrustRegion(epsilon, ess_target)
         self.num_iterations, self.replay, self.good_ess = num_iterations, replay, good_ess
         self.sweep = Settings(learning_particles or num_particles, 1, 0.0, resampler, chunk_size)
         self.iterations: list[Iteration] = []

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from smcdiff import Posterior
-from smcdiff.inference import SMC, IntermediateReward, ParticleMethod, TwistedSMC
+from smcdiff.inference import (
+    SMC,
+    IntermediateReward,
+    ParticleMethod,
+    TrustRegionTwistedSMC,
+    TwistedSMC,
+)
 
 from .kinds import KINDS
 from .structures import STRUCTURES, Pieces, Structure
@@ -44,10 +50,15 @@ def intermediate(model: Any, guide: Any, **options: Any) -> ParticleMethod:
     return SMC(model, twist=IntermediateReward("max", strength=0.5), **SIZES, **options)
 
 
+def trust_region(model: Any, guide: Any, **options: Any) -> ParticleMethod:
+    return TrustRegionTwistedSMC(model, num_iterations=1, learning_particles=64, **SIZES, **options)
+
+
 ALGORITHMS: dict[str, Callable[..., ParticleMethod]] = {
     "bootstrap": lambda model, guide, **options: SMC(model, **SIZES, **options),
     "guided": lambda model, guide, **options: SMC(model, guide, **SIZES, **options),
     "intermediate": intermediate,
+    "trust region": trust_region,
 } | {
     f"{proposal}-{covariance}": twisted(proposal, covariance)
     for proposal in ("conjugate", "gradient", "kernel")
@@ -55,9 +66,14 @@ ALGORITHMS: dict[str, Callable[..., ParticleMethod]] = {
 }
 
 
+LEARNING = ("network", "chain", "masked")  # one kind of each sort: learning takes longer
+
+
 def cells() -> Iterator[tuple[str, str, str]]:
     for kind, structure, algorithm in itertools.product(KINDS, STRUCTURES, ALGORITHMS):
-        if not (KINDS[kind].discrete and algorithm.endswith("-jacobian")):  # tokens have none
+        has_no_jacobian = KINDS[kind].discrete and algorithm.endswith("-jacobian")
+        learns_alike = algorithm == "trust region" and kind not in LEARNING
+        if not has_no_jacobian and not learns_alike:
             yield kind, structure, algorithm
 
 

@@ -22,6 +22,7 @@ from smcdiff.inference import (
     DenoisedLikelihood,
     FromKernel,
     GuidedProposal,
+    JointTwist,
     Proposal,
     TwistedKernel,
 )
@@ -65,6 +66,7 @@ PROPOSALS: dict[str, Callable[[], Proposal]] = {
     "TwistedKernel, clipped": lambda: TwistedKernel(clip=0.3),
     "GuidedProposal": lambda: GuidedProposal(guide),
     "GaussianKernels": kernels,
+    "JointTwist": lambda: JointTwist(quadratic(), tokens()),
     "QuadraticTwist": quadratic,
     "ResidualTwist": residual,
     "TokenTwist": tokens,

@@ -18,6 +18,7 @@ from smcdiff.inference import (
     DenoisedLikelihood,
     FromKernel,
     IntermediateReward,
+    JointTwist,
     NoTwist,
     Proposal,
     ResidualTwist,
@@ -33,6 +34,7 @@ from .test_any_program import SIZES, check
 
 TWISTS: dict[str, Callable[[], Twist]] = {
     "NoTwist": NoTwist,
+    "JointTwist": lambda: JointTwist(quadratic(), tokens()),
     "IntermediateReward": lambda: IntermediateReward("difference", strength=0.7),
     "IntermediateReward, max": lambda: IntermediateReward("max", strength=0.5),
     "IntermediateReward, sum": lambda: IntermediateReward("sum", strength=0.3),
