@@ -1,5 +1,6 @@
 """What one can sample from: processes, their schedules, exact denoisers and networks."""
 
+from .automata import Automaton, contains, ends_with
 from .chain import Chain
 from .classifier_free import ClassifierFree
 from .continuous import (
@@ -16,6 +17,7 @@ from .denoisers import Denoiser, EnumeratedDenoiser, GaussianDenoiser, MixtureDe
 from .diffusion import Diffusion
 from .flow import Flow
 from .grids import Grid, Schedule
+from .markov import MarkovDenoiser
 from .masked import MaskedDiffusion
 from .priors import digit_prior, mnist_prior
 from .schedules import Cosine, FromAlphas, LogSNR, Tabulated, VariancePreserving
@@ -24,6 +26,7 @@ from .thresholding import DynamicThresholding
 from .velocities import ExactVelocity
 
 __all__ = [
+    "Automaton",
     "Chain",
     "ClassifierFree",
     "ContinuousSchedule",
@@ -41,6 +44,7 @@ __all__ = [
     "Grid",
     "Interpolant",
     "LogSNR",
+    "MarkovDenoiser",
     "MaskedDiffusion",
     "MixtureDenoiser",
     "OrnsteinUhlenbeck",
@@ -51,7 +55,9 @@ __all__ = [
     "Team",
     "VarianceExploding",
     "VariancePreserving",
+    "contains",
     "digit_prior",
+    "ends_with",
     "mnist_prior",
 ]
 

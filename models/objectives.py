@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float64, Int64, Shaped
 from torch import Tensor, nn
 
 from .continuous import ContinuousSchedule, RectifiedFlow
@@ -48,6 +48,30 @@ class Table(NamedTuple):
     on_data: Float64[Tensor, " levels"]
     on_noise: Float64[Tensor, " levels"]
     weight: Float64[Tensor, " levels"]
+
+
+class Trainable(Protocol):
+    """What the trainer and its validation ask of an objective."""
+
+    @property
+    def table(self) -> Any:
+        """A named tuple of tensors: what makes two objectives different."""
+
+    def draw(self, count: int) -> Tensor:
+        """One level of noise per sample."""
+
+    def noise(self, x0: Tensor) -> Tensor:
+        """The noise of a batch, on the CPU."""
+
+    def loss(
+        self,
+        network: Callable[..., Tensor],
+        x0: Tensor,
+        level: Tensor,
+        noise: Tensor,
+        label: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of each sample."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +142,10 @@ class Objective:
         shares = torch.arange(count, dtype=torch.float64) + torch.rand(count, dtype=torch.float64)
         return (shares / count * self.num_levels).long().clamp(max=self.num_levels - 1)
 
+    def noise(self, x0: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
+        """Standard normal, on the CPU."""
+        return torch.randn(x0.shape, dtype=x0.dtype)
+
     def levels(
         self, level: Int64[Tensor, " batch"], like: Float[Tensor, "batch *event"]
     ) -> tuple[Tensor, Tensor]:
@@ -181,9 +209,9 @@ def private_stream(seed: int, step: int = 0) -> Iterator[None]:
 @torch.no_grad()
 def validation_loss(
     network: nn.Module,
-    data: Float[Tensor, "sample *event"],
+    data: Shaped[Tensor, "sample *event"],
     labels: Int64[Tensor, " sample"] | None = None,
-    objective: Objective | None = None,
+    objective: Trainable | None = None,
     draws: int = 50,
     seed: int = 0,
     chunk: int = 1024,
@@ -194,7 +222,7 @@ def validation_loss(
         for _ in range(draws):
             order = torch.randperm(len(data))
             level = objective.draw(len(data))[order]
-            noise = torch.randn(data.shape, dtype=data.dtype)
+            noise = objective.noise(data)
             for part in torch.arange(len(data)).split(chunk):
                 label = None if labels is None else labels[part]
                 eps = noise[part].to(data.device)

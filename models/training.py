@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64, Shaped
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -31,7 +31,7 @@ from .checkpoints import (
     write_checkpoint,
 )
 from .distributed import mean_over_processes, place_among_processes
-from .objectives import Objective, private_stream, validation_loss
+from .objectives import Objective, Trainable, private_stream, validation_loss
 
 Samples = tuple[Tensor, Tensor | None]
 
@@ -83,25 +83,27 @@ class DenoisingTrainer:
         labels: Their classes, if the network takes labels.
         config: See :class:`TrainingConfig`.
         augment: Changes a batch at random (with torch's global stream) before noise is added.
-        objective: What the network learns (None: v, on the linear-beta schedule).
+        objective: What the network learns (None: v, on the linear-beta schedule; tokens need a
+            :class:`~smcdiff.models.masked_objective.MaskedObjective`).
         validation: Samples and their classes, to validate on.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        data: Float[Tensor, "sample *event"],
+        data: Shaped[Tensor, "sample *event"],
         labels: Int64[Tensor, " sample"] | None = None,
         config: TrainingConfig | None = None,
         augment: Callable[[Tensor], Tensor] | None = None,
-        objective: Objective | None = None,
+        objective: Trainable | None = None,
         validation: Samples | None = None,
     ) -> None:
         self.network, self.data, self.labels = network, data, labels
         self.ema = copy.deepcopy(network).eval().requires_grad_(False)
         self.best = copy.deepcopy(self.ema)
         self.config, self.augment = config or TrainingConfig(), augment
-        self.objective, self.validation = objective or Objective(), validation
+        self.objective: Trainable = objective or Objective()
+        self.validation = validation
         self.rank, self.processes = place_among_processes()
         self.parallel = DistributedDataParallel(network) if self.processes > 1 else network
         self.optimizer = torch.optim.AdamW(
@@ -128,7 +130,7 @@ class DenoisingTrainer:
         """The loss of this process's share of the next batch."""
         with private_stream(self.config.seed, self.done):
             x0, label = self.batch()
-            level, noise = self.objective.draw(len(x0)), torch.randn(x0.shape, dtype=x0.dtype)
+            level, noise = self.objective.draw(len(x0)), self.objective.noise(x0)
             share = slice(self.rank, None, self.processes)
             noise, label = noise[share].to(x0.device), None if label is None else label[share]
             return self.objective.loss(self._predict, x0[share], level[share], noise, label).mean()
@@ -137,7 +139,7 @@ class DenoisingTrainer:
         device = self.data.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.config.mixed_precision):
             out: Tensor = self.parallel(*inputs)
-        return out.to(self.data.dtype)
+        return out.to(self.data.dtype) if self.data.is_floating_point() else out.float()
 
     def step(self) -> float:
         """One update; returns the loss of its batch."""
