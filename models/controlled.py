@@ -6,7 +6,7 @@ r"""Controlled processes: a base process and a learned or given change of its tr
 With unchanged variance the divergence from the base is :math:`\tfrac12 |u_t|^2` per step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -25,10 +25,14 @@ class Controlled(Process):
         base: the process that is changed (itself frozen).
         control: ``control(x, t, denoised, **context)`` with the batch shape of x; returns u with
             the shape of x (for discrete processes, with the shape of the logits). ``denoised`` is
-            the mean of the base's law of x_0 (probabilities, if discrete). A module is trainable:
-            its parameters are registered with Pyro as ``<name>.control``.
+            the mean of the base's law of x_0 (probabilities, if discrete).
         initial: another law of x_T (None: the base's).
-        scale: :math:`rho_t`, a function of t (None: 1).
+        scale: :math:`\\rho_t`, a function of t (None: 1).
+        reads: names of the context that control and initial read and the base does not know: what
+            a guide is conditional on.
+
+    Where control, initial and scale are modules they are trainable: their parameters are registered
+    with Pyro as ``<name>.control``, ``<name>.initial`` and ``<name>.scale``.
     """
 
     def __init__(
@@ -37,8 +41,10 @@ class Controlled(Process):
         control: Callable[..., Tensor],
         initial: Callable[..., Distribution] | None = None,
         scale: Callable[[int], Tensor | float] | None = None,
+        reads: Sequence[str] = (),
     ) -> None:
         self.base, self.control, self._initial, self.scale = base, control, initial, scale
+        self.reads = frozenset(reads)
         self.num_steps, self.event_shape = base.num_steps, base.event_shape
 
     @property
@@ -57,13 +63,15 @@ class Controlled(Process):
         return self.base.shape_at(t)
 
     def initial(self, **context: Any) -> Distribution:
-        return self.base.initial(**context) if self._initial is None else self._initial(**context)
+        if self._initial is None:
+            return self.base.initial(**self._known(context))
+        return self._initial(**context)
 
     def evaluate(self, x: Tensor, t: int, **context: Any) -> Tree:
-        return self.extend(self.base.evaluate(x, t, **context), x, t, **context)
+        return self.extend(self.base.evaluate(x, t, **self._known(context)), x, t, **context)
 
     def extend(self, evaluation: Tree, x: Tensor, t: int, **context: Any) -> Tree:
-        kernel = self.base.kernel(x, t, evaluation, **context)
+        kernel = self.base.kernel(x, t, evaluation, **self._known(context))
         if is_deterministic(kernel.law):  # nothing to steer where the base has no variance
             return {"base": evaluation}
         u = self.control(x, t, _mean(kernel.denoised), **context)
@@ -78,7 +86,7 @@ class Controlled(Process):
     def kernel(self, x: Tensor, t: int, evaluation: Tree = None, **context: Any) -> Kernel:
         if evaluation is None:
             evaluation = self.evaluate(x, t, **context)
-        kernel = self.base.kernel(x, t, evaluation["base"], **context)
+        kernel = self.base.kernel(x, t, evaluation["base"], **self._known(context))
         if "control" not in evaluation:
             return kernel
         scale = 1.0 if self.scale is None else self.scale(t)
@@ -107,8 +115,14 @@ class Controlled(Process):
         return self.base.member_dim(name, member)
 
     def register(self, name: str) -> None:
-        if isinstance(self.control, nn.Module):
-            pyro.module(f"{name}.control", self.control)
+        parts = {"control": self.control, "initial": self._initial, "scale": self.scale}
+        for part, function in parts.items():
+            if isinstance(function, nn.Module):
+                pyro.module(f"{name}.{part}", function)
+
+    def _known(self, context: dict[str, Any]) -> dict[str, Any]:
+        """What the base knows of the context."""
+        return {key: value for key, value in context.items() if key not in self.reads}
 
 
 def _mean(law: Distribution) -> Tensor:

@@ -1,0 +1,68 @@
+r"""Logarithms of ratios of densities, in difference form.
+
+Two float32 log-densities subtracted lose 3e-4 per step at 784 dimensions. With
+:math:`z = (x - m_p) / s_p`, :math:`d = (m_q - m_p) / s_p` and :math:`\rho = s_q / s_p`,
+
+.. math:: \log \frac{q(x)}{p(x)} = \sum \tfrac12 z^2 (1 - \rho^{-2}) + \frac{z d - d^2 / 2}{\rho^2}
+          - \log \rho ,
+
+whose terms are no larger than the ratio itself; sums run in float64.
+"""
+
+import torch
+from jaxtyping import Float64
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
+from torch import Tensor
+
+from smcdiff.laws import log_density
+from smcdiff.process import is_deterministic
+
+
+def log_quotient(q: Distribution, p: Distribution, x: Tensor) -> Float64[Tensor, " particle"]:
+    """log q(x) - log p(x), summed over everything but the leading (particle) axis.
+
+    Zero where both laws are points, which must be the same ones.
+
+    Raises:
+        ValueError: one of the laws has no variance, and the other has.
+    """
+    if is_deterministic(q) or is_deterministic(p):
+        if is_deterministic(q) and is_deterministic(p):
+            return torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
+        raise ValueError(
+            "one of model and guide has no variance at this step and the other has: densities "
+            "cannot be compared. Give both the same variance (eta, variance=)"
+        )
+    one, other = _base(q), _base(p)
+    if isinstance(one, torch.distributions.Normal) and isinstance(
+        other, torch.distributions.Normal
+    ):
+        return _rows(_of_normals(one, other, x))
+    if _categorical(one) and _categorical(other):
+        return _rows(_log_prob(one, x) - _log_prob(other, x))
+    return log_density(q, x) - log_density(p, x)
+
+
+def _of_normals(q: torch.distributions.Normal, p: torch.distributions.Normal, x: Tensor) -> Tensor:
+    z, d, ratio = (x - p.loc) / p.scale, (q.loc - p.loc) / p.scale, q.scale / p.scale
+    narrower = 1 - ratio**-2
+    return 0.5 * z.square() * narrower + (z * d - 0.5 * d.square()) / ratio**2 - ratio.log()
+
+
+def _log_prob(law: Distribution, x: Tensor) -> Tensor:
+    picked: Tensor = law.logits.gather(-1, x[..., None])[..., 0]
+    return picked
+
+
+def _categorical(law: Distribution) -> bool:
+    return isinstance(law, torch.distributions.Categorical)
+
+
+def _rows(terms: Tensor) -> Float64[Tensor, " particle"]:
+    return terms.reshape(terms.shape[0], -1).sum(-1, dtype=torch.float64)
+
+
+def _base(law: Distribution) -> Distribution:
+    while isinstance(law, torch.distributions.Independent):
+        law = law.base_dist
+    return law

@@ -1,0 +1,350 @@
+r"""Relative trajectory balance: a guide that learns the posterior, path by path.
+
+For a prior p over trajectories and a program's :math:`\gamma(x_0, z)`, the guide q is the posterior
+if and only if
+
+.. math:: \delta = \log Z + \log q(x_{T:0}, z) - \log p(x_{T:0}) - \log \gamma(x_0, z)
+
+vanishes on every trajectory (Venkatraman et al. 2024, arXiv 2405.20971). Half its square is
+minimised over trajectories that anyone may have drawn; nothing is differentiated but the guide's
+log-densities, at fixed states, and :math:`\gamma` may be a black box. On-policy the expected
+gradient is that of KL(q || posterior).
+
+The optimum is the posterior only where the guide can express it: its start must be learned unless
+x_T says nothing about x_0, its variances wherever the posterior is narrower. Importance weights
+tell: ``SMC(model, guide=guide)``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float64
+from pyro import poutine
+from pyro.optim import PyroOptim
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from smcdiff.particles import Calls
+from smcdiff.weights import effective_sample_size
+
+from . import ranks
+from .behaviours import Behaviour, OnPolicy, Ramp
+from .learned_evidence import LogZ, log_z_of
+from .pair import Pair, leaves
+from .replay_buffer import ReplayBuffer, Terminals
+from .residuals import ResidualLoss, Update, group_reduce
+from .rtb_files import read, write
+from .trajectories import Plan, Trajectories
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """This process's share of the trajectories, the steps that learn from them, and log gamma."""
+
+    pair: Pair
+    plan: Plan
+    walked: Trajectories
+    steps: list[int]
+    log_gamma: Float64[Tensor, " particle"]
+
+
+class RelativeTrajectoryBalance:
+    """Trains a guide's processes, latents and log Z; the model stays as it is.
+
+    Args:
+        model: a Pyro callable with at least one process.
+        guide: a Pyro callable with the same process sites, such as ``Controlled`` or ``Finetuned``
+            processes, and with the ordinary latents that it wants to propose.
+        optim: a ``pyro.optim`` optimiser of the guide's parameters.
+        evidence: log Z: ``"learned"``, one number per problem; ``"vargrad"``: what suits the
+            trajectories of one problem best (no parameter); or a module that maps the model's
+            arguments to log Z, with shape ``()`` or ``(problem,)``, for conditional guides.
+        evidence_rate: the learning rate of log Z (Adam).
+        behaviours: who draws the trajectories, in turn (None: the guide).
+        num_particles: trajectories per problem and update, of all processes of ``torchrun``.
+        loss: of a residual.
+        temper: the power of the likelihood by update, such as ``LinearRamp(0.1, 1.0, 500)``.
+        floor: the least log-likelihood that is believed (None: none, and -inf is refused).
+        chunk: hold the graph of so many steps only, in a second pass over the recorded
+            trajectories: memory does not grow with T (None: one pass).
+        subsample: take the gradient of so many random steps only, scaled up; the residual is that
+            of all (None: all steps).
+        max_gradient_norm: gradients are scaled down to it.
+        on_nonfinite: ``"raise"`` or ``"skip"`` an update with a residual that is no number.
+        per_problem: names of arguments with one row per problem (see :class:`smcdiff.Program`).
+
+    Raises:
+        ValueError: at the first update, if the model would train, or the guide's sites do not match
+            the model's.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optim: PyroOptim,
+        *,
+        evidence: Literal["learned", "vargrad"] | nn.Module = "learned",
+        evidence_rate: float = 0.1,
+        behaviours: Sequence[Behaviour] | None = None,
+        num_particles: int = 64,
+        loss: ResidualLoss | None = None,
+        temper: Ramp | None = None,
+        floor: float | None = None,
+        chunk: int | None = None,
+        subsample: int | None = None,
+        max_gradient_norm: float | None = None,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        per_problem: Sequence[str] | Mapping[str, int] = (),
+    ) -> None:
+        self.model, self.guide, self.optim, self.evidence = model, guide, optim, evidence
+        self.behaviours = tuple(behaviours or (OnPolicy(),))
+        self.num_particles, self.loss, self.temper = num_particles, loss or ResidualLoss(), temper
+        self.floor, self.chunk, self.subsample = floor, chunk, subsample
+        self.max_gradient_norm, self.on_nonfinite = max_gradient_norm, on_nonfinite
+        self.per_problem, self.evidence_rate = per_problem, evidence_rate
+        self.pair: Pair | None = None
+        self.log_z: nn.Module | None = evidence if isinstance(evidence, nn.Module) else None
+        self.calls, self.history = Calls(), list[Update]()
+        self._arguments: tuple[Any, ...] = ()
+        self._check()
+
+    @property
+    def done(self) -> int:
+        """How many updates were made, those that were skipped included."""
+        return len(self.history)
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """The learned log Z, per problem."""
+        if not isinstance(self.log_z, LogZ):
+            raise ValueError("no number log Z is being learned: SMC(model, guide) estimates it")
+        return self.log_z.value.detach()
+
+    # ------------------------------------------------------------------------------- one update
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """One update at ``model(*args, **kwargs)``; returns its loss (nan if it was skipped)."""
+        with poutine.trace(param_only=True) as seen:
+            update = self._accumulate(args, kwargs)
+        parameters = list(leaves(seen.trace).values())
+        if not update.skipped:
+            self._move(parameters)
+        for parameter in (*parameters, *self._own_parameters()):
+            parameter.grad = None
+        self.history.append(update)
+        return update.loss
+
+    def loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
+        """The loss of a batch; adds its gradient to those of guide and log Z."""
+        return self._accumulate(args, kwargs).loss
+
+    def _accumulate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Update:
+        pair = self._pair(args, kwargs)
+        batch = self._draw(pair)
+        ratio, behind, log_gamma = (
+            ranks.gather(v)
+            for v in (batch.walked.log_ratio, batch.walked.log_behaviour, batch.log_gamma)
+        )
+        log_weights = log_gamma - ratio
+        bad = ~log_weights.isfinite()
+        if bool(bad.any()):
+            return self._refuse(batch, bad)
+        groups = self._groups(batch, len(ratio))
+        centre = group_reduce(log_weights, groups, "mean")
+        known = None if batch.plan.groups is not None else self.log_z
+        evidence = centre if known is None else log_z_of(known, args, kwargs, centre)
+        residual = evidence.detach()[groups] - log_weights
+        shares = self.loss.shares(behind, groups)
+        weights = shares * self.loss.slope(residual) / len(residual)
+        self._backward(batch, weights, evidence[groups])
+        self._remember(batch, log_gamma)
+        value = float((shares * self.loss.value(residual)).mean())
+        ess = effective_sample_size(log_weights) / len(log_weights)
+        return Update(value, float(log_weights.mean()), float(log_weights.std()), float(ess))
+
+    def _draw(self, pair: Pair) -> _Batch:
+        total = self.num_particles * (pair.model.num_problems or 1)
+        plan = self.behaviours[self.done % len(self.behaviours)].plan(pair, total, self.done)
+        steps = self._steps(plan.begin)
+        tracked, kept = (steps, []) if self.chunk is None else ([], steps)
+        with torch.enable_grad():
+            walked = pair.walk(plan, total, tracked, kept)
+        seen, own = pair.log_likelihood(walked)
+        seen = seen if self.floor is None else seen.clamp(min=self.floor)
+        power = 1.0 if self.temper is None else self.temper(self.done)
+        self.calls += pair.take_calls()
+        return _Batch(pair, plan, walked, steps, own + power * seen)
+
+    def _backward(self, batch: _Batch, weights: Tensor, evidence: Tensor) -> None:
+        """Adds the gradient of sum_i w_i (log Z + log q_i), all at once or chunk by chunk."""
+        walked, scale = batch.walked, batch.plan.begin / len(batch.steps)
+        own = ranks.own(weights, len(weights))
+        with torch.enable_grad():
+            if ranks.place()[0] == 0:  # log Z belongs to all processes, and is counted once
+                _descend((weights * evidence).sum())
+            if self.chunk is None:
+                ratio = torch.stack([walked.ratios[t] for t in batch.steps]).sum(0)
+                _descend((own * (walked.at_start + scale * ratio)).sum())
+                return
+            _descend((own * batch.pair.ratios_again(walked, [], start=True)).sum())
+            for k in range(0, len(batch.steps), self.chunk):
+                steps = batch.steps[k : k + self.chunk]
+                ratio = batch.pair.ratios_again(walked, steps, start=False)
+                _descend(scale * (own * ratio).sum())
+        self.calls += batch.pair.take_calls()
+
+    def _steps(self, begin: int) -> list[int]:
+        """The steps that get a gradient."""
+        if self.subsample is None or self.subsample >= begin:
+            return list(range(begin, 0, -1))
+        return sorted((torch.randperm(begin)[: self.subsample] + 1).tolist(), reverse=True)
+
+    @staticmethod
+    def _groups(batch: _Batch, total: int) -> Tensor:
+        """Which trajectories share a normalising constant."""
+        device, number = batch.log_gamma.device, batch.pair.model.num_problems or 1
+        if batch.plan.groups is not None:
+            return batch.plan.groups.to(device)
+        return torch.arange(number, device=device).repeat_interleave(total // number)
+
+    def _remember(self, batch: _Batch, log_gamma: Tensor) -> None:
+        """Puts what was drawn into the buffers that behaviours replay."""
+        if batch.plan.given or not self.buffers:
+            return
+        x0 = {m: ranks.gather(x) for m, x in batch.walked.x[0].items()}
+        latents = {n: ranks.gather(z) for n, z in batch.walked.latents.items()}
+        for buffer in self.buffers:
+            buffer.push(Terminals(batch.pair.joined(x0), latents, log_gamma))
+
+    def _refuse(self, batch: _Batch, bad: Tensor) -> Update:
+        """Names where a residual is no number; then skips or stops."""
+        if self.on_nonfinite == "raise":
+            raise ValueError(
+                f"update {self.done}: {int(bad.sum())} of {len(bad)} residuals are not finite; "
+                f"{batch.pair.blame(batch.walked)}. on_nonfinite='skip' passes over such updates"
+            )
+        nan = float("nan")
+        return Update(nan, nan, nan, nan, skipped=True)
+
+    # ---------------------------------------------------------------------------------- parameters
+
+    def _move(self, parameters: list[Tensor]) -> None:
+        """Sums gradients over the processes, clips them, and takes a step."""
+        own = self._own_parameters()
+        ranks.add_gradients([*parameters, *own])
+        used = [p for p in parameters if p.grad is not None]
+        if self.max_gradient_norm is not None:
+            nn.utils.clip_grad_norm_(used, self.max_gradient_norm)
+        self.optim(used)
+        if own:
+            self.evidence_optim.step()
+
+    def _own_parameters(self) -> list[Tensor]:
+        return [] if self.log_z is None else list(self.log_z.parameters())
+
+    @property
+    def buffers(self) -> list[ReplayBuffer]:
+        """What the behaviours replay."""
+        sources = [getattr(b, "terminals", None) for b in self.behaviours]
+        return list({id(s): s for s in sources if isinstance(s, ReplayBuffer)}.values())
+
+    # ------------------------------------------------------------------------------- a whole run
+
+    def run(
+        self,
+        *args: Any,
+        num_updates: int,
+        progress: bool = False,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 100,
+        resume: bool = False,
+        **kwargs: Any,
+    ) -> list[Update]:
+        """Updates until there are ``num_updates`` of them, at the same arguments.
+
+        Args:
+            progress: show a progress bar.
+            checkpoint: a file that keeps the state of the run.
+            checkpoint_every: updates between two writes of it.
+            resume: continue from the checkpoint, bit for bit, if the file exists.
+        """
+        if resume and checkpoint is not None and Path(checkpoint).exists():
+            self.load(checkpoint, *args, **kwargs)
+        with tqdm(initial=self.done, total=num_updates, disable=not progress, unit="update") as bar:
+            while self.done < num_updates:
+                loss = self.step(*args, **kwargs)
+                bar.update()
+                bar.set_postfix_str(f"loss {loss:.3g}, ESS {self.history[-1].ess:.0%}")
+                if checkpoint is not None and self.done % checkpoint_every == 0:
+                    self.save(checkpoint)
+        if checkpoint is not None:
+            self.save(checkpoint)
+        return self.history
+
+    def save(self, path: str | Path) -> None:
+        """Writes everything that the next update needs to one safetensors file, atomically."""
+        write(self, path)
+
+    def load(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Reads what :meth:`save` wrote.
+
+        Args:
+            args, kwargs: of the model, to run the guide once and find its parameters.
+        """
+        read(self, path, self._pair(args, kwargs))
+
+    def restore(self, history: list[dict[str, Any]], calls: Calls) -> None:
+        """Takes over the record of a saved run."""
+        self.history, self.calls = [Update(**each) for each in history], calls
+
+    # ------------------------------------------------------------------------------ taking it apart
+
+    def _pair(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pair:
+        """Model and guide for these arguments; taken apart once as long as they stay the same."""
+        given = (*args, *kwargs.values())
+        if self.pair is not None and len(given) == len(self._arguments):
+            if all(a is b for a, b in zip(given, self._arguments, strict=True)):
+                return self.pair
+        with ranks.stream_untouched():
+            pair = Pair(self.model, self.guide, args, kwargs, self.per_problem)
+            if self.pair is None:
+                self._begin(pair)
+        self.pair, self._arguments = pair, given
+        return pair
+
+    def _begin(self, pair: Pair) -> None:
+        """Once: refuses what cannot be learned, and makes log Z."""
+        pair.refuse_trainable()
+        leaves = pair.parameters()
+        if not leaves:
+            raise ValueError(
+                "the guide has no trainable parameters: use a process with a module as its control "
+                "(Controlled), or with a copy of the network (Finetuned)"
+            )
+        if self.evidence == "learned":
+            self.log_z = LogZ(pair.model.num_problems or 1)
+        if self.log_z is not None:
+            self.evidence_optim = torch.optim.Adam(self.log_z.parameters(), self.evidence_rate)
+        ranks.same_everywhere([*leaves.values(), *self._own_parameters()])
+        ranks.same_stream()
+
+    def _check(self) -> None:
+        if isinstance(self.evidence, str) and self.evidence not in ("learned", "vargrad"):
+            raise ValueError(f"evidence is 'learned', 'vargrad' or a module, got {self.evidence!r}")
+        if self.evidence == "vargrad" and self.num_particles < 2:
+            raise ValueError("'vargrad' compares trajectories: it needs num_particles of 2 or more")
+        if self.on_nonfinite not in ("raise", "skip"):
+            raise ValueError(f"on_nonfinite is 'raise' or 'skip', got {self.on_nonfinite!r}")
+        for name in ("num_particles", "chunk", "subsample"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be a positive number, got {value}")
+
+
+def _descend(total: Tensor) -> None:
+    """Adds the gradient, where there is one: points and given starts have none."""
+    if total.requires_grad:
+        total.backward()

@@ -1,0 +1,203 @@
+r"""Guides that start exactly at the prior: what relative trajectory balance and its kin train.
+
+:class:`Finetuned` is the process with a copy of its network, whole or with low-rank adapters. The
+others are parts of a :class:`~smcdiff.models.Controlled` process: a head beside the frozen network,
+the same with the gradient of a reward, a start and a variance of its own.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
+from torch import Size, Tensor, nn
+
+from smcdiff.process import Kernel, Process, Signal, Tree, context_rows, flatten_batch
+
+
+class Finetuned(Process):
+    """A process with a trainable copy of its network; the original stays as it is.
+
+    Args:
+        base: a ``Diffusion``, ``Flow`` or ``MaskedDiffusion`` with an ``nn.Module``.
+        adapt: makes the copy trainable (None: all of it), as ``lora()`` does.
+
+    Raises:
+        ValueError: the process has no network of its own, or the copy has nothing to train.
+    """
+
+    def __init__(
+        self, base: Process, adapt: Callable[[nn.Module], nn.Module] | None = None
+    ) -> None:
+        name = next((n for n in ("network", "velocity") if n in vars(base)), None)
+        network = None if name is None else getattr(base, name)
+        if name is None or not isinstance(network, nn.Module):
+            raise ValueError(
+                f"{type(base).__name__} has no network (an nn.Module) to be copied: fine-tune the "
+                "process that has, or steer this one with Controlled"
+            )
+        twin = copy.deepcopy(network)
+        self.network = twin.requires_grad_(True) if adapt is None else adapt(twin)
+        if not any(p.requires_grad for p in self.network.parameters()):
+            raise ValueError(f"the copy of {type(network).__name__} has nothing to train")
+        self.inner = copy.copy(base)
+        setattr(self.inner, name, self.network)
+        self.num_steps, self.event_shape = base.num_steps, base.event_shape
+
+    @property
+    def deterministic(self) -> bool:
+        return self.inner.deterministic
+
+    def shape_at(self, t: int) -> Size:
+        return self.inner.shape_at(t)
+
+    def initial(self, **context: Any) -> Distribution:
+        return self.inner.initial(**context)
+
+    def evaluate(self, x: Tensor, t: int, **context: Any) -> Tree:
+        return self.inner.evaluate(x, t, **context)
+
+    def kernel(self, x: Tensor, t: int, evaluation: Tree = None, **context: Any) -> Kernel:
+        return self.inner.kernel(x, t, evaluation, **context)
+
+    def signal(self, t: int) -> Signal | None:
+        return self.inner.signal(t)
+
+    def calls(self, t: int) -> int:
+        return self.inner.calls(t)
+
+    def register(self, name: str) -> None:
+        pyro.module(f"{name}.network", self.network)
+
+
+def lora(rank: int = 8, targets: Sequence[type[nn.Module]] = (nn.Linear, nn.Conv2d)) -> Any:
+    """Low-rank adapters (Hu et al. 2021) for :class:`Finetuned`, by peft (extra ``lora``).
+
+    Args:
+        rank: of every change of a weight; the change is scaled by one.
+        targets: the kinds of layers that get one.
+    """
+
+    def adapt(network: nn.Module) -> nn.Module:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        names = [n for n, m in network.named_modules() if isinstance(m, tuple(targets))]
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+        adapted: nn.Module = inject_adapter_in_model(config, network)
+        return adapted.eval()
+
+    return adapt
+
+
+class Head(nn.Module):
+    r"""A control :math:`u_t(x_t, \hat x_0)` that is zero before it learns: its last layer is.
+
+    Args:
+        network: ``network(inputs, time)`` with inputs of shape ``(batch, channels, *rest)``: x_t,
+            its estimate of x_0 and what else is read, side by side in the first event dimension;
+            and time t of shape ``(batch,)``. Returns the same shape, of which the channels of x_t
+            count. Its last linear or convolutional layer is set to zero.
+        event_dim: the number of dimensions of one event.
+        reads: names of context tensors, with ``event_dim`` dimensions each, that are inputs too.
+    """
+
+    def __init__(self, network: nn.Module, event_dim: int = 1, reads: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.network, self.event_dim, self.reads = network, event_dim, tuple(reads)
+        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        layers = [m for m in network.modules() if isinstance(m, kinds)]
+        if not layers:
+            raise ValueError(
+                f"{type(network).__name__} has no linear or convolutional layer to start from zero"
+            )
+        for parameter in layers[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, t: int, denoised: Tensor, **context: Any) -> Tensor:
+        batch, event = x.shape[: x.dim() - self.event_dim], x.shape[x.dim() - self.event_dim :]
+        dims = dict.fromkeys(self.reads, self.event_dim)
+        rows = context_rows({n: context[n] for n in self.reads}, tuple(batch), dims)
+        parts = [flatten_batch(x, self.event_dim), flatten_batch(denoised, self.event_dim)]
+        inputs = torch.cat([*parts, *(rows[n].to(x) for n in self.reads)], 1)
+        time = torch.full((len(inputs),), float(t), dtype=x.dtype, device=x.device)
+        out: Tensor = self.network(inputs, time)[:, : event[0]]
+        return out.reshape(x.shape)
+
+
+class Langevin(nn.Module):
+    r"""A control that knows where the reward rises (Venkatraman et al. 2024, eq. 11),
+
+    .. math:: u_t = \text{head}_t + a_t \nabla \log r(\hat x_0), \qquad a_t = 0 \text{ at first},
+
+    with the gradient taken at the estimate of x_0, where r is defined, and detached.
+
+    Args:
+        head: another control, such as a :class:`Head`.
+        log_reward: maps x_0 of shape ``(*batch, *event)`` to log r of shape ``(*batch,)``.
+        num_steps: T.
+        clip: bounds every element of the gradient.
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,
+        log_reward: Callable[[Tensor], Tensor],
+        num_steps: int,
+        clip: float = 100.0,
+    ) -> None:
+        super().__init__()
+        self.head, self.log_reward, self.clip = head, log_reward, clip
+        self.gain = nn.Parameter(torch.zeros(num_steps + 1))
+
+    def forward(self, x: Tensor, t: int, denoised: Tensor, **context: Any) -> Tensor:
+        with torch.enable_grad():
+            point = denoised.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.log_reward(point).sum(), point)
+        clipped = gradient.nan_to_num(0.0).clamp(-self.clip, self.clip)
+        u: Tensor = self.head(x, t, denoised, **context)
+        return u + self.gain[t] * clipped
+
+
+class LearnedStart(nn.Module):
+    """A law of x_T for ``Controlled(initial=...)``: the base's, shifted and scaled by element.
+
+    Args:
+        base: a process with a Gaussian start.
+    """
+
+    mean: Tensor
+    stddev: Tensor
+
+    def __init__(self, base: Process) -> None:
+        super().__init__()
+        mean, scale = base.initial().mean.detach(), base.initial().stddev.detach()
+        self.register_buffer("mean", mean)
+        self.register_buffer("stddev", scale)
+        self.shift, self.log_scale = (nn.Parameter(torch.zeros_like(mean)) for _ in range(2))
+
+    def forward(self, **context: Any) -> Distribution:
+        mean = self.mean + self.stddev * self.shift
+        law = dist.Normal(mean, self.stddev * self.log_scale.exp(), validate_args=False)
+        return law.to_event(mean.dim())
+
+
+class LearnedScale(nn.Module):
+    r"""Standard deviations for ``Controlled(scale=...)``, one factor per step,
+
+    .. math:: \rho_t = \exp(b \tanh(a_t / b)), \qquad a_t = 0 \text{ at first}.
+
+    Args:
+        num_steps: T.
+        bound: b.
+    """
+
+    def __init__(self, num_steps: int, bound: float = 2.0) -> None:
+        super().__init__()
+        self.bound = bound
+        self.log_scale = nn.Parameter(torch.zeros(num_steps + 1))
+
+    def forward(self, t: int) -> Tensor:
+        return torch.exp(self.bound * torch.tanh(self.log_scale[t] / self.bound))
