@@ -184,7 +184,7 @@ class Evaluator:
         with torch.no_grad():
             execution = self._execute(lambda s: batch.x[s.name], batch, 1)
             log_psi = execution.log_joint()
-        if bool(log_psi.isnan().any()):
+        if bool((log_psi.isnan() | log_psi.isposinf()).any()):
             raise ValueError(_blame(execution, 0))
         return log_psi
 
@@ -318,11 +318,13 @@ def _estimates(kernel: Kernel, noise: Tensor | None, copies: int) -> Tensor:
 
 def _blame(execution: Execution, t: int) -> str:
     for name, site in execution.sites.items():
-        if not site.deterministic and bool(execution.log_prob(name).isnan().any()):
-            return (
-                f"site {name!r} has log-probability NaN at step t = {t}: mask or clamp whatever is "
-                "undefined there; -inf is the way to say impossible"
-            )
+        log_prob = execution.log_prob(name)
+        for word, wrong in (("NaN", log_prob.isnan()), ("infinite", log_prob.isposinf())):
+            if not site.deterministic and bool(wrong.any()):
+                return (
+                    f"site {name!r} has log-probability {word} at step t = {t}: mask or clamp "
+                    "whatever is undefined there; -inf is the way to say impossible"
+                )
     return f"the log-twist is NaN at step t = {t}"
 
 

@@ -187,7 +187,6 @@ class ResidualTwist(LearnedTwist):
             shown = self._context(view)
             states = {n: x.detach() for n, x in view.x.items()}
             inputs = self._inputs(states, view.kernels, value.cache, shown)
-            self.size = stack({n: states[n] for n in self.names}).shape[1]
             if self.network is None:
                 head = ResidualHead(inputs.shape[1], self.size + 1, self.width)
                 self.network = head.to(inputs.device)
@@ -251,6 +250,7 @@ class ResidualTwist(LearnedTwist):
         context: Tensor,
     ) -> Float64[Tensor, "path input"]:
         states = stack({n: x[n] for n in self.names})
+        self.size = states.shape[1]
         estimates = stack({n: kernels[n].denoised.mean for n in self.names})
         covariance = self._covariance(kernels, x)
         direction = torch.zeros_like(states)
@@ -284,7 +284,7 @@ class ResidualTwist(LearnedTwist):
                 )
             site = view.execution.sites[name]
             value = torch.as_tensor(site.value).detach().double().expand(site.fn.shape())
-            shown.append(value[: view.batch].flatten(1))
+            shown.append(value[: view.batch].reshape(view.batch, -1))
         return torch.cat(shown, -1)
 
     # ------------------------------------------------------------------------------- the learning

@@ -137,7 +137,7 @@ class TokenTwist(LearnedTwist):
     def _logits(self, name: str, s: int, law: Distribution) -> Logits:
         while isinstance(law, torch.distributions.Independent):
             law = law.base_dist
-        logits: Tensor = law.logits.double()
+        logits: Tensor = law.logits.double().log_softmax(-1)
         if bool(logits.isnan().any()):
             raise ValueError(
                 f"process {name!r} at step t = {s + 1}: the network's logits leave no token "

@@ -195,7 +195,7 @@ def test_likelihood_that_is_never_a_number():
 
 def test_likelihood_that_is_infinite():
     model = rewarded(lambda x: torch.full(x.shape[:-1], torch.inf))
-    refused(r"step t = 0: 8 log-weights are NaN or \+inf, in run 0", model)
+    refused("site 'reward' has log-probability infinite at step t = 0", model)
 
 
 # ------------------------------------------------------------------------------------ settings
