@@ -47,6 +47,9 @@ class TokenTwist(LearnedTwist):
             last for the mask. It should start at zero, and is trained in place. None: the table
             alone.
         pseudo_count: the anchor, in paths.
+        defensive: the least share of the model's own draws in what is fitted. A network may learn
+            of every state what one or two paths have shown there; without this share it would
+            exclude the rest, and the sweeps' own weights would not tell.
         descent: how the network is trained.
     """
 
@@ -54,9 +57,11 @@ class TokenTwist(LearnedTwist):
         self,
         network: nn.Module | None = None,
         pseudo_count: float = 1.0,
+        defensive: float = 0.1,
         descent: Descent = Descent(),  # noqa: B008 (a frozen value)
     ) -> None:
-        self.network, self.pseudo_count, self.descent = network, pseudo_count, descent
+        self.network, self.descent = network, descent
+        self.pseudo_count, self.defensive = pseudo_count, defensive
         self.tables: dict[str, Tensor] = {}  # by process and time; none: the model's own law
 
     def prepare(self, program: Program) -> None:
@@ -180,7 +185,7 @@ class TokenTwist(LearnedTwist):
 
     def fit(self, paths: Paths, weights: Float64[Tensor, " path"]) -> None:
         size = float(1 / weights.square().sum())
-        trust = size / (size + self.pseudo_count)
+        trust = (1 - self.defensive) * size / (size + self.pseudo_count)
         losses = []
         for draw in paths.draws():
             for name in (n for n in self.names if draw.kernels):
