@@ -8,6 +8,7 @@ from .learned_gaussian import GaussianKernels, QuadraticTwist
 from .learned_joint import JointTwist
 from .learned_residual import ResidualTwist
 from .learned_tokens import TokenTwist
+from .masked_proposals import NestedProposal, RelaxedLikelihood, TiltedTokens
 from .proposals import FromKernel, Proposal, TwistedKernel
 from .rejuvenation import Rejuvenation
 from .smc import SMC, NoTwist, ParticleMethod, TwistedSMC
@@ -23,14 +24,17 @@ __all__ = [
     "IntermediateReward",
     "JointTwist",
     "LearnedTwist",
+    "NestedProposal",
     "NoTwist",
     "ParticleMethod",
     "Proposal",
     "QuadraticTwist",
     "Rejuvenation",
+    "RelaxedLikelihood",
     "ResidualTwist",
     "Settings",
     "Tempered",
+    "TiltedTokens",
     "TokenTwist",
     "TrustRegionTwistedSMC",
     "TwistedKernel",

@@ -173,10 +173,10 @@ def noised(process: Process, x: Tensor, t: int) -> Tensor:
     every token masked with probability :math:`1 - \alpha_t / \alpha_{t-1}`."""
     if not x.is_floating_point():
         alphas, mask = getattr(process, "alphas", None), getattr(process, "mask", None)
-        if alphas is None or mask is None:
+        if alphas is None or mask is None or getattr(process, "reveal", "") == "even":
             raise _cannot_noise(process)
-        forgotten = torch.rand(x.shape, device=x.device) >= alphas[t] / alphas[t - 1]
-        return torch.where(forgotten, mask, x)
+        kept = alphas[t - 1] * torch.rand(x.shape, device=x.device) < alphas[t]
+        return torch.where(kept, x, mask)
     before, after = process.signal(t - 1), process.signal(t)
     if before is None or after is None:
         raise _cannot_noise(process)

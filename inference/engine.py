@@ -95,6 +95,7 @@ class Engine:
             settings.rejuvenation.prepare(program)
         keeps_draws = settings.rejuvenation is not None
         self.evaluator = Evaluator(program, twist, proposal, settings.chunk_size, keeps_draws)
+        proposal.attach(self.evaluator)
         problems = () if program.num_problems is None else (program.num_problems,)
         self.axes = (*problems, settings.num_runs, settings.num_particles)
         per_problem = settings.num_runs * settings.num_particles
@@ -252,7 +253,9 @@ class Engine:
         t, latents = state.t, self._flatten(state.latents)
         with torch.no_grad():
             move = self.proposal.move(t, x, kernels, cache)
-        after = self.evaluator.look(t - 1, move.x, latents, cache["memory"], self.problems)
+        after = move.seen
+        if after is None:
+            after = self.evaluator.look(t - 1, move.x, latents, cache["memory"], self.problems)
         increment = after["log_psi"] - cache["log_psi"] - cache.get("prepaid", 0.0)
         if move.log_ratio is not None:
             increment = increment + move.log_ratio

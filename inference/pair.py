@@ -336,8 +336,8 @@ def _usable(law: Distribution) -> bool:
     """Whether one can draw from it: a network may have returned NaN, and is blamed later."""
     while isinstance(law, torch.distributions.Independent):
         law = law.base_dist
-    parameter = law.logits if isinstance(law, torch.distributions.Categorical) else law.mean
-    return not bool(parameter.isnan().any())
+    parameters = [getattr(law, name, None) for name in ("loc", "scale", "logits")]
+    return not any(bool(p.isnan().any()) for p in parameters if isinstance(p, Tensor))
 
 
 def _at_rest(statement: Statement) -> Tensor:

@@ -7,7 +7,7 @@ draw. Any proposal that dominates the kernel gives the right answer.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float64
@@ -28,6 +28,9 @@ from .linear_gaussian import (
     unstack,
 )
 
+if TYPE_CHECKING:
+    from .evaluation import Evaluator
+
 
 @dataclass(frozen=True)
 class Move:
@@ -36,10 +39,12 @@ class Move:
     Attributes:
         x: the states by process.
         log_ratio: log kernel(x) - log proposal(x), or None where the proposal is the kernel.
+        seen: the evaluator's look at x, where the proposal has taken it already.
     """
 
     x: dict[str, Tensor]
     log_ratio: Float64[Tensor, " particle"] | None = None
+    seen: dict[str, Tree] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,9 @@ class Proposal(ABC):
 
     def prepare(self, program: Program) -> None:
         """Called once per run; may refuse the program."""
+
+    def attach(self, evaluator: "Evaluator") -> None:
+        """Called once per run with what looks at particles, for proposals that look ahead."""
 
     def latents(self, batch: int, problems: Tensor | None) -> tuple[dict[str, Tensor], Any]:
         """Values for ordinary latents and their log q (none: the program's own laws are used)."""

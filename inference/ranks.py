@@ -46,7 +46,9 @@ def draw(law: Distribution) -> Tensor:
         point: Tensor = law.mean
         return point
     rank, number = place()
-    x: Tensor = law.expand((number, *law.batch_shape)).sample()[rank]
+    x: Tensor = (
+        law.sample() if number == 1 else law.expand((number, *law.batch_shape)).sample()[rank]
+    )
     return x
 
 

@@ -63,7 +63,9 @@ class ResidualLoss:
         return weights / group_reduce(weights, groups, "mean")[groups]
 
 
-def group_reduce(values: Rows, groups: Int64[Tensor, " particle"], reduction: str) -> Rows:
+def group_reduce(
+    values: Rows, groups: Int64[Tensor, " particle"], reduction: str
+) -> Float64[Tensor, " group"]:
     """The mean or the maximum of each group."""
     number = int(groups.max()) + 1
     start = values.new_zeros(number)
