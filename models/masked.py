@@ -18,8 +18,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Size, Tensor, nn
 
 from smcdiff.process import Kernel, Process, Tree, context_rows, flatten_batch
-
-from .reveals import EvenReveal
+from smcdiff.reveals import EvenReveal
 
 Reveal = Literal["independent", "even"]
 

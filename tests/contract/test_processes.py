@@ -99,8 +99,8 @@ def scheduled(variance: str = "small") -> Scheduled:
     return Scheduled(base, steps)
 
 
-def masked() -> MaskedDiffusion:
-    return MaskedDiffusion(Tokens(), 2, 3, num_steps=3)
+def masked(reveal: Any = "independent") -> MaskedDiffusion:
+    return MaskedDiffusion(Tokens(), 2, 3, num_steps=3, reveal=reveal)
 
 
 def zero(x: Tensor, t: int, denoised: Tensor) -> Tensor:
@@ -142,6 +142,7 @@ PROCESSES: dict[str, Callable[[], Process]] = {
     "Scheduled": scheduled,
     "Scheduled, learned": lambda: scheduled("learned"),
     "MaskedDiffusion": masked,
+    "MaskedDiffusion, even": lambda: masked("even"),
     "Controlled": lambda: Controlled(network(variance="large"), zero, scale=lambda t: 1.1),
     "Controlled, masked": lambda: Controlled(masked(), tilt),
     "Team": lambda: Team({"a": network((2,)), "b": network((1, 3))}),

@@ -23,7 +23,9 @@ from smcdiff.inference import (
     FromKernel,
     GuidedProposal,
     JointTwist,
+    NestedProposal,
     Proposal,
+    TiltedTokens,
     TwistedKernel,
 )
 from smcdiff.models import Controlled, Diffusion, Team
@@ -67,8 +69,11 @@ PROPOSALS: dict[str, Callable[[], Proposal]] = {
     "GuidedProposal": lambda: GuidedProposal(guide),
     "GaussianKernels": kernels,
     "JointTwist": lambda: JointTwist(quadratic(), tokens()),
+    "NestedProposal": lambda: NestedProposal(3),
+    "NestedProposal, shifted": lambda: NestedProposal(2, TwistedKernel()),
     "QuadraticTwist": quadratic,
     "ResidualTwist": residual,
+    "TiltedTokens": lambda: TiltedTokens(0.7),
     "TokenTwist": tokens,
 }
 

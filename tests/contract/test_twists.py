@@ -21,6 +21,7 @@ from smcdiff.inference import (
     JointTwist,
     NoTwist,
     Proposal,
+    RelaxedLikelihood,
     ResidualTwist,
     Tempered,
     TwistedKernel,
@@ -28,7 +29,7 @@ from smcdiff.inference import (
 from smcdiff.particles import flatten_tree
 
 from ..oracles import moments
-from .kinds import Bend, kernels, masked, network, quadratic, residual, tokens
+from .kinds import Bend, kernels, masked, network, quadratic, relaxed, residual, tokens
 from .structures import STRUCTURES, Pieces
 from .test_any_program import SIZES, check
 
@@ -48,6 +49,7 @@ TWISTS: dict[str, Callable[[], Twist]] = {
     "DenoisedLikelihood, without gradient": lambda: DenoisedLikelihood("scalar", gradient=False),
     "GaussianKernels": kernels,
     "QuadraticTwist": quadratic,
+    "RelaxedLikelihood": lambda: RelaxedLikelihood(relaxed),
     "ResidualTwist": residual,
     "ResidualTwist, alone": lambda: ResidualTwist(None, Bend()),
     "TokenTwist": tokens,

@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from smcdiff.models import EnumeratedDenoiser, MaskedDiffusion
-from smcdiff.models.reveals import EvenReveal
+from smcdiff.reveals import EvenReveal
 
 LENGTH, VOCABULARY = 3, 2
 STATES = torch.tensor(list(itertools.product(range(VOCABULARY + 1), repeat=LENGTH)))

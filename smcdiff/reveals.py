@@ -20,7 +20,7 @@ class EvenReveal(TorchDistribution):
     Args:
         x: x_t; masked positions hold the number of tokens.
         t: how many steps remain, this one among them.
-        logits: normalised log-probabilities of the tokens at every position.
+        tokens: normalised log-probabilities of the tokens at every position.
     """
 
     arg_constraints: dict[str, Any] = {}
@@ -32,10 +32,10 @@ class EvenReveal(TorchDistribution):
         self,
         x: Int64[Tensor, "*batch length"],
         t: int,
-        logits: Float[Tensor, "*batch length token"],
+        tokens: Float[Tensor, "*batch length token"],
     ) -> None:
-        self.x, self.t, self.logits = x, t, logits
-        self.masked = x == logits.shape[-1]
+        self.x, self.t, self.tokens = x, t, tokens
+        self.masked = x == tokens.shape[-1]
         self.left = self.masked.sum(-1)
         self.count = (self.left + t - 1) // t
         super().__init__(x.shape[:-1], x.shape[-1:], validate_args=False)
@@ -44,15 +44,15 @@ class EvenReveal(TorchDistribution):
         shape = (*sample_shape, *self.x.shape)
         order = torch.rand(shape, device=self.x.device).masked_fill(~self.masked, 2.0)
         chosen = order.argsort(-1).argsort(-1) < self.count[..., None]
-        law = torch.distributions.Categorical(logits=self.logits, validate_args=False)
+        law = torch.distributions.Categorical(logits=self.tokens, validate_args=False)
         return torch.where(chosen, law.sample(Size(sample_shape)), self.x)
 
     def log_prob(self, value: Tensor) -> Float[Tensor, "*batch"]:
         changed = value != self.x
-        allowed = ~changed | (self.masked & (value >= 0) & (value < self.logits.shape[-1]))
+        allowed = ~changed | (self.masked & (value >= 0) & (value < self.tokens.shape[-1]))
         fits = (changed.sum(-1) == self.count) & allowed.all(-1)
-        tokens = value.clamp(0, self.logits.shape[-1] - 1)
-        logits = self.logits.double().expand(*value.shape, -1)
+        tokens = value.clamp(0, self.tokens.shape[-1] - 1)
+        logits = self.tokens.double().expand(*value.shape, -1)
         drawn = logits.gather(-1, tokens[..., None])[..., 0].masked_fill(~changed, 0.0).sum(-1)
         left, count = self.left.double(), self.count.double()
         sets = torch.lgamma(left + 1) - torch.lgamma(count + 1) - torch.lgamma(left - count + 1)
@@ -60,5 +60,5 @@ class EvenReveal(TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "EvenReveal":
         batch = Size(batch_shape)
-        x, logits = self.x.expand(*batch, -1), self.logits.expand(*batch, -1, -1)
+        x, logits = self.x.expand(*batch, -1), self.tokens.expand(*batch, -1, -1)
         return EvenReveal(x, self.t, logits)
