@@ -9,6 +9,13 @@ and everything else by the log-mean-exp of the program over draws of x_0. Leavin
 twist overconfident: its weights may have infinite variance (Wu et al. 2023, arXiv 2306.17775, is
 the case C_t = 0; Boys et al. 2024, arXiv 2310.06721, the case of a full Jacobian).
 
+A network's estimate of a noisy state is a blurred mean of many images, and what a likelihood says
+of it, a classifier above all, is too sure. So the look-ahead is *damped*: raised to a power of
+
+.. math:: R_t^2 = \frac{\alpha_t^2 s^2}{\alpha_t^2 s^2 + \sigma_t^2},
+
+the share of the data's variance that x_t explains (``benchmarks/damping.py``).
+
 C_t is that of the *discretised* chain: with K the slope of the observations in the next state and R
 the covariance that remains given it, :math:`D + A C_t A^\top = R + K V K^\top`, so that twist,
 kernel and proposal agree exactly wherever the model is linear and Gaussian.
@@ -37,6 +44,8 @@ from .observations import Observations, constant_operator, observe, operator, st
 
 CovarianceName = Literal["auto", "none", "scalar", "diagonal", "jacobian"]
 FEW_OBSERVATIONS = 4  # up to here a backward pass per observation is worth its price
+DAMPING = {"averaged": 1.0, "network": 0.5, "exact": 0.0}  # benchmarks/damping.py
+TINY = 1e-12  # a Gaussian to the power 0 has no finite covariance
 
 
 class DenoisedLikelihood(Twist):
@@ -54,6 +63,8 @@ class DenoisedLikelihood(Twist):
         curvature: whether it will want curvatures (None: where the Jacobian is known and the
             observations are linear; a scalar one may well be too narrow for data that is not
             Gaussian).
+        damping: the power of R_t^2 above; 0 for none (None: 1 for sites that are not Gaussian, 0.5
+            for Gaussian ones behind a network, 0 for those behind an exact denoiser).
     """
 
     def __init__(
@@ -62,12 +73,15 @@ class DenoisedLikelihood(Twist):
         num_draws: int = 8,
         gradient: bool = True,
         curvature: bool | None = None,
+        damping: float | None = None,
     ) -> None:
+        if damping is not None and not damping >= 0:
+            raise ValueError(f"damping must be 0 (none) or more, but got {damping}")
         names = ("auto", "none", "scalar", "diagonal", "jacobian")
         if covariance not in names:
             raise ValueError(f"covariance must be one of {names}, but got {covariance!r}")
         self.covariance, self._draws, self.gradient = covariance, num_draws, gradient
-        self.curvature = curvature
+        self.curvature, self.damping = curvature, damping
 
     def prepare(self, program: Program) -> None:
         noised = {n for n, p in program.processes.items() if p.signal(program.num_steps)}
@@ -85,6 +99,7 @@ class DenoisedLikelihood(Twist):
         self.operator, size = None, 0
         if self.sites:
             self.operator, size = constant_operator(program, self.sites, self.names)
+        self._gram = None if self.operator is None else self.operator @ self.operator.mT
         self.closed = all(program.processes[n].closed_form for n in self.names)
         self.mode = self._choose(size)
         self._by_slope = self.mode == "jacobian" or (self.mode == "diagonal" and self.closed)
@@ -111,7 +126,7 @@ class DenoisedLikelihood(Twist):
         return self._draws if self._averages else 0
 
     def evaluate(self, view: View) -> TwistValue:
-        others = self._average(view)
+        others = self._average(view) * self._power(view, "averaged")
         log_psi, surrogate, cache = others, others, {}
         if self.sites:
             seen = observe(view.execution, self.sites, view.batch)
@@ -120,17 +135,20 @@ class DenoisedLikelihood(Twist):
             spread = self._spread(view, matrix, seen, slope, noise)
             factor = torch.linalg.cholesky(spread)
             likelihood, solved = log_normal(seen.residual, factor)
-            solved = solved.detach()
-            log_psi = log_psi + likelihood  # differentiable in the latents, for rejuvenation
+            power = self._power(view, "exact" if self.closed else "network")
+            solved = power * solved.detach()
+            log_psi = log_psi + power * likelihood  # differentiable in the latents: rejuvenation
             if self._curved:
                 local = {"slope": slope, "noise": noise, "total": factor.detach()}
+                if power < 1:
+                    local = {"slope": slope, "noise": noise / max(power, TINY)}
                 cache = {name: _rows(part, view.batch) for name, part in local.items()}
             if self._by_slope or self._in_pure_noise(view):
                 cache["direction"] = (slope.mT @ solved[..., None])[..., 0]
             else:
                 surrogate = surrogate - (solved * seen.residual).sum(-1)
             if self._curved and view.t == view.program.num_steps:
-                cache |= self._for_the_start(view, matrix, seen)
+                cache |= self._for_the_start(view, matrix, seen, power)
         if self.gradient and view.tracked and surrogate.requires_grad and self._moves(view):
             gradient = stack(view.gradient(surrogate.sum())) * self._advance(view)
             cache["direction"] = cache.get("direction", 0.0) + gradient
@@ -142,11 +160,26 @@ class DenoisedLikelihood(Twist):
         """The covariance of the residuals given x_t: R + K V K', where the kernel is Gaussian."""
         laws = {n: view.kernels[n].law for n in self.names}
         variance = law_covariance(laws)
+        if variance is not None and self.mode in ("none", "scalar") and variance.common:
+            level = stacked_levels(view.program, self.names, view.x, view.t - 1, "slope")
+            return noise + self._weighed(matrix, level**2 * variance.diagonal[0])
         if variance is not None:
             return noise + variance.between(slope)
         if all(is_deterministic(law) for law in laws.values()):
             return noise
         return self.linearise(view, matrix, seen, view.t)[1]
+
+    def _power(self, view: View, kind: str) -> float:
+        """What a look-ahead of this kind is raised to."""
+        damping = DAMPING[kind] if self.damping is None else self.damping
+        if damping == 0 or any(view.processes[n].signal(view.t) is None for n in self.names):
+            return 1.0
+        explained = [
+            stacked_levels(view.program, self.names, view.x, view.t, field)
+            for field in ("alpha", "slope")
+        ]
+        share = float((explained[0] * explained[1]).mean()) if self.names else 1.0
+        return share**damping
 
     def _average(self, view: View) -> Float64[Tensor, " particle"]:
         """Log-mean-exp over draws of everything that is not linearised."""
@@ -177,9 +210,12 @@ class DenoisedLikelihood(Twist):
         alpha = stacked_levels(view.program, self.names, view.x, view.t, "alpha")
         return not bool(alpha.any())
 
-    def _for_the_start(self, view: View, matrix: Tensor, seen: Observations) -> dict[str, Tensor]:
+    def _for_the_start(
+        self, view: View, matrix: Tensor, seen: Observations, power: float
+    ) -> dict[str, Tensor]:
         """What a twisted start needs: the look-ahead from x_T itself."""
         slope, noise = self.linearise(view, matrix, seen, view.t)
+        noise = noise / max(power, TINY)
         parts = {"start_slope": slope, "start_noise": noise, "start_residual": seen.residual}
         return {k: _rows(v, view.batch) for k, v in parts.items()}
 
@@ -204,7 +240,7 @@ class DenoisedLikelihood(Twist):
         if self.mode == "none":
             return matrix * slope, seen.noise
         if self.mode == "scalar":
-            return matrix * slope, seen.noise + (matrix * variance) @ matrix.mT
+            return matrix * slope, seen.noise + self._weighed(matrix, variance)
         ratio = variance / level("spread").clamp(min=1e-300)
         closed = self._closed_form(view)
         if closed is not None:
@@ -215,6 +251,12 @@ class DenoisedLikelihood(Twist):
         if self.mode == "diagonal":
             return self._diagonal(view, matrix, seen, t, ratio)
         return self._by_backward(view, matrix, seen, t, ratio)
+
+    def _weighed(self, matrix: Tensor, weights: Float64[Tensor, " d"]) -> Tensor:
+        """A diag(w) A': from A A', where that is known and all weights are alike."""
+        if self._gram is not None and bool((weights == weights[0]).all()):
+            return weights[0] * self._gram
+        return (matrix * weights) @ matrix.mT
 
     def _closed_form(self, view: View) -> Covariance | None:
         """C_t, where every process knows it."""

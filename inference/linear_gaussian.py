@@ -41,6 +41,11 @@ class Covariance:
     diagonal: Float64[Tensor, "rows d"]
     factor: Tensor | None = None
 
+    @property
+    def common(self) -> bool:
+        """Whether elements are independent, with the same variances for all particles."""
+        return self.factor is None and len(self.diagonal) == 1
+
     def times(self, rows: Tensor) -> Tensor:
         """V a for every row a of ``(particle or 1, n, d)``."""
         product = rows * self.diagonal[:, None, :]
