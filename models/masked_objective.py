@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from .objectives import Trainable
+
 
 class MaskedTable(NamedTuple):
     """The number of masked tokens per level."""
@@ -27,7 +29,7 @@ class MaskedTable(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MaskedObjective:
+class MaskedObjective(Trainable):
     """The bound on the negative log-likelihood per position, in nats.
 
     Attributes:

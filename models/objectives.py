@@ -14,11 +14,12 @@ Levels are drawn uniformly: *where the levels lie* is the law of the noise. A sc
 spacing decides that; :func:`log_normal` places them as EDM draws them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64, Shaped
@@ -50,32 +51,36 @@ class Table(NamedTuple):
     weight: Float64[Tensor, " levels"]
 
 
-class Trainable(Protocol):
+class Trainable(ABC):
     """What the trainer and its validation ask of an objective."""
 
     @property
+    @abstractmethod
     def table(self) -> Any:
         """A named tuple of tensors: what makes two objectives different."""
 
-    def draw(self, count: int) -> Tensor:
+    @abstractmethod
+    def draw(self, count: int) -> Int64[Tensor, " count"]:
         """One level of noise per sample."""
 
+    @abstractmethod
     def noise(self, x0: Tensor) -> Tensor:
         """The noise of a batch, on the CPU."""
 
+    @abstractmethod
     def loss(
         self,
         network: Callable[..., Tensor],
         x0: Tensor,
-        level: Tensor,
+        level: Int64[Tensor, " batch"],
         noise: Tensor,
         label: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Float[Tensor, " batch"]:
         """The loss of each sample."""
 
 
 @dataclass(frozen=True, eq=False)
-class Objective:
+class Objective(Trainable):
     r"""The loss of one sample at one level of noise.
 
     Attributes:
