@@ -21,14 +21,15 @@ from smcdiff.process import is_deterministic
 def log_quotient(q: Distribution, p: Distribution, x: Tensor) -> Float64[Tensor, " particle"]:
     """log q(x) - log p(x), summed over everything but the leading (particle) axis.
 
-    Zero where both laws are points, which must be the same ones.
+    Zero where both are one law, or points, which must be the same ones.
 
     Raises:
         ValueError: one of the laws has no variance, and the other has.
     """
-    if is_deterministic(q) or is_deterministic(p):
-        if is_deterministic(q) and is_deterministic(p):
-            return torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
+    points = is_deterministic(q), is_deterministic(p)
+    if q is p or all(points):
+        return torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
+    if any(points):
         raise ValueError(
             "one of model and guide has no variance at this step and the other has: densities "
             "cannot be compared. Give both the same variance (eta, variance=)"

@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor, nn
+
+from smcdiff.weights import log_mean_exp
 
 
 class LogZ(nn.Module):
@@ -29,20 +31,27 @@ class LogZ(nn.Module):
 
 @torch.enable_grad()
 def log_z_of(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], centre: Tensor
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    log_weights: Float64[Tensor, " particle"],
+    groups: Int64[Tensor, " particle"],
 ) -> Float64[Tensor, " problem"]:
     """log Z of each problem, with a graph.
 
     Args:
-        module: a :class:`LogZ`, or what maps the arguments of the model to log Z.
-        centre: the mean log-weights by problem, where a number begins.
+        module: a :class:`LogZ`, which begins at the importance-sampling estimate of its first
+            batch; or what maps the arguments of the model to log Z.
+        log_weights, groups: of the batch, and the problem of each.
     """
+    number = int(groups.max()) + 1
     if isinstance(module, LogZ) and not module.begun:
-        module.begin(centre)
-    value: Tensor = module(*args, **kwargs).double().to(centre.device)
-    if value.numel() != len(centre):
+        rows = [log_weights[groups == k] for k in range(number)]
+        module.begin(torch.stack([log_mean_exp(row) for row in rows]))
+    value: Tensor = module(*args, **kwargs).double().to(log_weights.device)
+    if value.numel() != number:
         raise ValueError(
-            f"evidence returned shape {tuple(value.shape)}, but there are {len(centre)} problems: "
+            f"evidence returned shape {tuple(value.shape)}, but there are {number} problems: "
             "return log Z of each"
         )
     return value.reshape(-1)

@@ -65,12 +65,12 @@ class Pair:
         """The model's networks are frozen: what they have learned is the prior."""
         batch = self.model.num_problems or 1
         problems = self._problems(batch)
+        latents = self.draw_latents(batch, problems)
         with torch.enable_grad(), poutine.trace(param_only=True) as seen:
-            latents = self.draw_latents(batch, problems)
             opening = self.open(self.model, latents, problems, batch)
             x = {m: law.mean.detach() for m, law in opening.laws.items()}
             evaluations = self._evaluate(self.model, self.num_steps, x, opening.contexts, {})
-        own = sorted(set(seen.trace.nodes) - set(self.parameters()))
+        own = sorted(seen.trace.nodes)
         tensors = {name: flatten_tree(tree)[0].values() for name, tree in evaluations.items()}
         moving = [name for name, found in tensors.items() if any(v.requires_grad for v in found)]
         if own or moving:
@@ -103,7 +103,7 @@ class Pair:
                     f"{float(ratio[~ratio.isfinite()][0])}: lower its learning rate, or clip"
                 )
         if not bool(walked.at_start.isfinite().all()):
-            return "the guide's start or its latents have no finite log-probability"
+            return "the guide's start or latents have no finite log-probability"
         execution = self._at_data(walked)
         for name in execution.sites:
             values = execution.log_prob(name)
@@ -146,6 +146,7 @@ class Pair:
         execution = program.execute(state, given, batch, problems)
         return Opening(laws, contexts, execution.log_joint(set(self.guide.latents)))
 
+    @torch.no_grad()
     def log_likelihood(self, walked: Trajectories) -> tuple[Tensor, Tensor]:
         """The model's log-density at x_0: of what is observed, and of the guide's latents."""
         execution = self._at_data(walked)
@@ -205,7 +206,8 @@ class Pair:
         guide = self.open(self.guide, latents, problems, walked.size)
         total = walked.at_start.new_zeros(walked.size)
         if start and self.num_steps in walked.x:
-            total = total + self._ratio_at_start(model, guide, walked.x[self.num_steps])
+            total = total + _quotient(guide.laws, model.laws, walked.x[self.num_steps])
+            total = total + guide.log_latents
         for t in steps:
             evaluations = walked.evaluations[t]
             p, q = self._laws(t, walked.x[t], (model, guide), evaluations)
@@ -226,10 +228,7 @@ class Pair:
         x = {m: ranks.draw(law).detach() for m, law in laws.items()}
         x = self._follow(plan, total, plan.begin, x, model.laws)
         behind = _quotient(guide.laws, laws, x).detach()
-        return x, self._ratio_at_start(model, guide, x), behind
-
-    def _ratio_at_start(self, model: Opening, guide: Opening, x: States) -> Tensor:
-        return _quotient(guide.laws, model.laws, x) + guide.log_latents
+        return x, _quotient(guide.laws, model.laws, x) + guide.log_latents, behind
 
     def _step(
         self,

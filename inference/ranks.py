@@ -63,14 +63,13 @@ def gather(x: Tensor) -> Tensor:
 
 
 def add_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replaces every gradient by its sum over the processes."""
+    """Replaces every gradient by its sum over the processes, which have the same ones."""
     _, number = place()
     if number == 1:
         return
     for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        distributed.all_reduce(parameter.grad)
+        if parameter.grad is not None:
+            distributed.all_reduce(parameter.grad)
 
 
 def same_everywhere(tensors: Iterable[Tensor]) -> None:

@@ -18,7 +18,7 @@ tell: ``SMC(model, guide=guide)``.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float64
@@ -87,7 +87,7 @@ class RelativeTrajectoryBalance:
         guide: Callable[..., Any],
         optim: PyroOptim,
         *,
-        evidence: Literal["learned", "vargrad"] | nn.Module = "learned",
+        evidence: str | nn.Module = "learned",
         evidence_rate: float = 0.1,
         behaviours: Sequence[Behaviour] | None = None,
         num_particles: int = 64,
@@ -97,7 +97,7 @@ class RelativeTrajectoryBalance:
         chunk: int | None = None,
         subsample: int | None = None,
         max_gradient_norm: float | None = None,
-        on_nonfinite: Literal["raise", "skip"] = "raise",
+        on_nonfinite: str = "raise",
         per_problem: Sequence[str] | Mapping[str, int] = (),
     ) -> None:
         self.model, self.guide, self.optim, self.evidence = model, guide, optim, evidence
@@ -156,7 +156,7 @@ class RelativeTrajectoryBalance:
         groups = self._groups(batch, len(ratio))
         centre = group_reduce(log_weights, groups, "mean")
         known = None if batch.plan.groups is not None else self.log_z
-        evidence = centre if known is None else log_z_of(known, args, kwargs, centre)
+        evidence = centre if known is None else log_z_of(known, args, kwargs, log_weights, groups)
         residual = evidence.detach()[groups] - log_weights
         shares = self.loss.shares(behind, groups)
         weights = shares * self.loss.slope(residual) / len(residual)
@@ -184,8 +184,7 @@ class RelativeTrajectoryBalance:
         walked, scale = batch.walked, batch.plan.begin / len(batch.steps)
         own = ranks.own(weights, len(weights))
         with torch.enable_grad():
-            if ranks.place()[0] == 0:  # log Z belongs to all processes, and is counted once
-                _descend((weights * evidence).sum())
+            _descend((own * ranks.own(evidence, len(weights))).sum())
             if self.chunk is None:
                 ratio = torch.stack([walked.ratios[t] for t in batch.steps]).sum(0)
                 _descend((own * (walked.at_start + scale * ratio)).sum())

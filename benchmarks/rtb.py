@@ -1,0 +1,347 @@
+r"""Guides that learn: from 25 modes to nine (Venkatraman et al. 2024, arXiv 2405.20971).
+
+    python benchmarks/rtb.py                     # every method, small: some minutes each
+    python benchmarks/rtb.py --full              # 2500 updates of 500 trajectories
+    python benchmarks/rtb.py --memory            # memory against steps, one pass and two
+
+The prior makes 25 equal modes {-10, -5, 0, 5, 10}^2 with variance 0.3 out of a Brownian motion with
+variance 5 that starts at 0, in 100 Euler steps; its drift is exact. The reward, log p_9 - log p_25,
+turns it into nine modes with weights 4, 10, 4, 5, 10, 5, 4, 15, 4. Its evidence is 1 but for the
+Euler steps: the row "exact drift" says what this chain's is, and what it leaves to be learned.
+
+Every guide is then run with 20,000 particles. Printed are the total variation of the mode weights
+and sliced W1, as drawn and after correction by the weights; the evidence lower bound, the learned
+log Z, and log Z by the weights; the effective sample size as a share; and network calls in millions
+of all updates.
+"""
+
+import argparse
+import dataclasses
+import math
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from metrics import sliced_wasserstein
+from pyro.infer import SVI, Trace_ELBO
+from torch import Tensor, nn
+
+from smcdiff import Process
+from smcdiff.inference import SMC
+from smcdiff.inference.behaviours import Inflated, LinearRamp, Noised, OnPolicy, PriorPaths
+from smcdiff.inference.replay_buffer import ReplayBuffer
+from smcdiff.inference.residuals import ResidualLoss
+from smcdiff.inference.rtb import RelativeTrajectoryBalance
+from smcdiff.models import Controlled
+from smcdiff.models.guides import Head, Langevin
+from smcdiff.process import Kernel, Signal
+
+VARIANCE, NOISE = 0.3, 5.0
+CENTRES = torch.cartesian_prod(*[torch.arange(-10.0, 11.0, 5.0)] * 2)
+KEPT = [(-10, -5), (-5, -10), (-5, 0), (10, -5), (0, 0), (0, 5), (5, -5), (5, 0), (5, 10)]
+COUNTS = [4, 10, 4, 5, 10, 5, 4, 15, 4]
+WEIGHTS = torch.zeros(25)
+for _mode, _count in zip(KEPT, COUNTS, strict=True):
+    WEIGHTS[(torch.tensor(_mode) == CENTRES).all(-1)] = _count / sum(COUNTS)
+PRIOR_WEIGHTS = torch.full((25,), 1 / 25)
+
+
+class Bridge(Process):
+    r"""A Brownian motion from 0 that ends in the mixture, with the drift
+
+    .. math:: u_s(x) = \frac{\sigma^2 E[m_k | x] + (v - \sigma^2) x}{v s + \sigma^2 (1 - s)} .
+    """
+
+    def __init__(self, weights: Tensor, num_steps: int) -> None:
+        self.log_weights, self.num_steps = weights.log(), num_steps
+        self.event_shape = torch.Size([2])
+
+    def initial(self, **context: Any) -> Any:
+        return dist.Delta(torch.zeros(2), event_dim=1)
+
+    def evaluate(self, x: Tensor, t: int, **context: Any) -> Tensor:
+        s = 1 - t / self.num_steps
+        spread = s * VARIANCE + NOISE * (1 - s)
+        # squared distances to s m_k over 2 s spread, without what all components share
+        logits = (
+            self.log_weights + x @ CENTRES.T / spread - s * CENTRES.square().sum(-1) / (2 * spread)
+        )
+        return (NOISE * logits.softmax(-1) @ CENTRES + (VARIANCE - NOISE) * x) / spread
+
+    def kernel(self, x: Tensor, t: int, evaluation: Any = None, **context: Any) -> Kernel:
+        drift = self.evaluate(x, t) if evaluation is None else evaluation
+        scale = torch.full_like(x, math.sqrt(NOISE / self.num_steps))
+        mean = x + drift / self.num_steps
+        law = dist.Normal(mean, scale, validate_args=False).to_event(1)
+        return Kernel(law, dist.Delta(x + drift * t / self.num_steps, event_dim=1))
+
+    def signal(self, t: int) -> Signal:
+        s = 1 - t / self.num_steps
+        return Signal(s, math.sqrt(NOISE * s * (1 - s)), 1.0, 0.0, 0.0)
+
+
+def log_mixture(x: Tensor, weights: Tensor) -> Tensor:
+    kept = weights > 0
+    squares = (x[..., None, :] - CENTRES[kept]).square().sum(-1) / (2 * VARIANCE)
+    return (weights[kept].log() - squares).logsumexp(-1)
+
+
+def log_reward(x: Tensor) -> Tensor:
+    return log_mixture(x, WEIGHTS) - log_mixture(x, PRIOR_WEIGHTS)
+
+
+def program(prior: Process, floor: float = -math.inf) -> Callable[[], None]:
+    """While a guide learns, a reward has a floor: e^-20 changes no figure, and -200 ruins steps."""
+
+    def model() -> None:
+        value = log_reward(prior("x"))
+        pyro.factor("reward", torch.logaddexp(value, torch.tensor(floor)))
+
+    return model
+
+
+class Net(nn.Module):
+    """Two hidden layers; time as cosines."""
+
+    def __init__(self, num_steps: int, width: int = 64) -> None:
+        super().__init__()
+        self.num_steps = num_steps
+        self.layers = nn.Sequential(
+            nn.Linear(4 + 8, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 4),
+        )
+
+    def forward(self, inputs: Tensor, time: Tensor) -> Tensor:
+        angles = math.pi * time[:, None] / self.num_steps * torch.arange(8.0)
+        return self.layers(torch.cat([inputs / 5, angles.cos()], 1))
+
+
+# ------------------------------------------------------------------------------------- methods
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    updates: int
+    batch: int
+    steps: int
+    samples: int = 20_000
+
+
+def fading(size: Size, rate: float = 2e-3) -> pyro.optim.PyroOptim:
+    last = 0.02 ** (1 / size.updates)
+    return pyro.optim.ClippedAdam({"lr": rate, "lrd": last, "clip_norm": 1e9, "betas": (0.9, 0.99)})
+
+
+def inflated(size: Size) -> Inflated:
+    """Standard deviations up to 2.45 times as large, as in the authors' code; none at the end."""
+    return Inflated(LinearRamp(2.45, 1.0, int(0.8 * size.updates)))
+
+
+def options(name: str, size: Size) -> dict[str, Any]:
+    """What makes the methods that balance trajectories."""
+    buffer = ReplayBuffer(50_000)
+    every = {"num_particles": size.batch, "max_gradient_norm": 10.0}
+    return (
+        every
+        | {
+            "on-policy": {},
+            "VarGrad = policy gradient": {"evidence": "vargrad"},
+            "inflated": {"behaviours": [inflated(size)]},
+            "inflated, Huber": {"behaviours": [inflated(size)], "loss": ResidualLoss(huber=3.0)},
+            "inflated, Langevin": {"behaviours": [inflated(size)]},
+            "prior and own paths": {
+                "behaviours": [PriorPaths(), OnPolicy()],
+                "loss": ResidualLoss(huber=3.0),
+            },
+            "inflated and replay": {
+                "behaviours": [inflated(size), Noised(buffer)],
+                "loss": ResidualLoss(huber=3.0),
+            },
+            "policy gradient, inflated": {
+                "evidence": "vargrad",
+                "behaviours": [inflated(size)],
+                "loss": ResidualLoss(importance=0.1),
+            },
+        }[name]
+    )
+
+
+BALANCED = (
+    "on-policy",
+    "VarGrad = policy gradient",
+    "inflated",
+    "inflated, Huber",
+    "inflated, Langevin",
+    "prior and own paths",
+    "inflated and replay",
+    "policy gradient, inflated",
+)
+METHODS = ("exact drift", "prior", "classifier guidance", *BALANCED, "reverse KL")
+
+
+def guided(prior: Bridge, strength: float) -> Controlled:
+    """Classifier guidance: the drift sigma^2 grad log r(x_0-hat(x)), nothing learned."""
+
+    def control(x: Tensor, t: int, denoised: Tensor, **context: Any) -> Tensor:
+        with torch.enable_grad():
+            point = x.detach().requires_grad_()
+            estimate = point + prior.evaluate(point, t) * t / prior.num_steps
+            (gradient,) = torch.autograd.grad(log_reward(estimate).sum(), point)
+        return strength * math.sqrt(NOISE / prior.num_steps) * gradient.clamp(-10, 10)
+
+    return Controlled(prior, control)
+
+
+@dataclasses.dataclass
+class Trained:
+    guide: Callable[[], Any]
+    calls: int = 0
+    log_z: float = math.nan
+
+
+def train(name: str, prior: Bridge, size: Size) -> Trained:
+    steps = prior.num_steps
+    if name == "exact drift":
+        return Trained(lambda: Bridge(WEIGHTS, steps)("x"))
+    if name == "prior":
+        return Trained(lambda: prior("x"))
+    if name == "classifier guidance":
+        return Trained(lambda: guided(prior, 1.0)("x"))
+    head: nn.Module = Head(Net(steps))
+    if name == "inflated, Langevin":
+        head = Langevin(head, log_reward, steps, clip=10.0)
+    process = Controlled(prior, head)
+
+    def guide() -> None:
+        process("x")
+
+    model = program(prior, -20.0)
+    if name == "reverse KL":
+        loss = Trace_ELBO(size.batch, vectorize_particles=True, max_plate_nesting=0)
+        svi = SVI(model, guide, fading(size), loss)
+        for _ in range(size.updates):
+            svi.step()
+        return Trained(guide, 2 * size.updates * size.batch * steps)  # model and guide ask apart
+    rtb = RelativeTrajectoryBalance(model, guide, fading(size), **options(name, size))
+    rtb.run(num_updates=size.updates)
+    learned = rtb.log_z is not None
+    return Trained(guide, rtb.calls.network, float(rtb.log_evidence) if learned else math.nan)
+
+
+# ------------------------------------------------------------------------------------ measuring
+
+
+def total_variation(x: Tensor) -> float:
+    """Between the weights of the modes, every sample counted at its nearest centre."""
+    found = torch.bincount(torch.cdist(x, CENTRES).argmin(-1), minlength=25) / len(x)
+    return float(0.5 * (found - WEIGHTS).abs().sum())
+
+
+def modes(x: Tensor) -> int:
+    """How many of the nine have at least a fifth of their weight."""
+    found = torch.bincount(torch.cdist(x, CENTRES).argmin(-1), minlength=25) / len(x)
+    return int(((found > 0.2 * WEIGHTS) & (WEIGHTS > 0)).sum())
+
+
+def exact_samples(number: int) -> Tensor:
+    picked = torch.multinomial(WEIGHTS, number, replacement=True)
+    return CENTRES[picked] + VARIANCE**0.5 * torch.randn(number, 2)
+
+
+def row(name: str, size: Size) -> str:
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    prior, start = Bridge(PRIOR_WEIGHTS, size.steps), time.perf_counter()
+    trained = train(name, prior, size)
+    seconds = time.perf_counter() - start
+    pyro.set_rng_seed(1)
+    sampler = SMC(program(prior), trained.guide, num_particles=size.samples, ess_threshold=0.0)
+    posterior = sampler.run()
+    log_weights = posterior.particles.log_weights[0]
+    drawn, truth = posterior.particles.x["x"][0], exact_samples(size.samples)
+    corrected = posterior.resample(size.samples)["x"].reshape(-1, 2)
+    weights = (log_weights - log_weights.logsumexp(0)).exp()
+    share = torch.zeros(25, dtype=weights.dtype)
+    share.index_add_(0, torch.cdist(drawn, CENTRES).argmin(-1), weights)
+    return (
+        f"| {name} | {modes(drawn)} | {total_variation(drawn):.3f} | "
+        f"{float(0.5 * (share - WEIGHTS).abs().sum()):.3f} | "
+        f"{sliced_wasserstein(drawn, truth):.3f} | {sliced_wasserstein(corrected, truth):.3f} | "
+        f"{float(log_weights.mean()):.3f} | {trained.log_z:.3f} | "
+        f"{float(posterior.log_evidence):.3f} | "
+        f"{float(posterior.particles.ess) / size.samples:.3f} | {trained.calls / 1e6:.0f} | "
+        f"{seconds:.0f} |"
+    )
+
+
+HEAD = (
+    "| guide | modes | TV | TV corrected | SW1 | SW1 corrected | ELBO | learned log Z | log Z "
+    "| ESS | calls, M | s |"
+)
+
+
+def table(size: Size, methods: list[str]) -> None:
+    print(f"{HEAD}\n|" + "---|" * HEAD.count(" |"))
+    for name in methods:
+        print(row(name, size), flush=True)
+
+
+# --------------------------------------------------------------------------------------- memory
+
+
+def peak(steps: int, chunk: int | None) -> float:
+    """Megabytes that one update of 2000 trajectories adds to the process's peak."""
+    prior = Bridge(PRIOR_WEIGHTS, steps)
+    process = Controlled(prior, Head(Net(steps, width=256)))
+    optim = pyro.optim.Adam({"lr": 1e-3})
+    settings: dict[str, Any] = {"num_particles": 2000, "chunk": chunk}
+    rtb = RelativeTrajectoryBalance(program(prior), lambda: process("x"), optim, **settings)
+    rtb._pair((), {})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rtb.step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def memory() -> None:
+    """Each figure in a process of its own, since a peak does not fall."""
+    print("| steps | one pass, MB | two passes, MB |\n|---|---|---|")
+    for steps in (10, 20, 40, 80):
+        found = []
+        for chunk in ("0", "1"):
+            command = [sys.executable, __file__, "--peak", str(steps), chunk]
+            run = subprocess.run(command, capture_output=True, text=True, check=True)
+            found.append(float(run.stdout))
+        print(f"| {steps} | {found[0]:.0f} | {found[1]:.0f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--full", action="store_true", help="2500 updates of 500 trajectories")
+    parser.add_argument("--updates", type=int, help="another number of them")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--memory", action="store_true", help="memory against steps")
+    parser.add_argument("--peak", type=int, nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.peak:
+        print(peak(arguments.peak[0], arguments.peak[1] or None))
+    elif arguments.memory:
+        memory()
+    else:
+        size = Size(2500, 500, 100) if arguments.full else Size(600, 250, 100)
+        if arguments.updates:
+            size = dataclasses.replace(size, updates=arguments.updates)
+        table(size, arguments.methods)
+
+
+if __name__ == "__main__":
+    main()
