@@ -123,7 +123,7 @@ class LearnedTwist(Twist, Proposal, ABC):
     @property
     @abstractmethod
     def paths_needed(self) -> float:
-        """How many effective paths hold as many numbers as the fit has parameters."""
+        """About how many effective paths determine the parameters of a fit."""
 
     @abstractmethod
     def log_ratio(self, draw: Draw) -> Float64[Tensor, " path"]:

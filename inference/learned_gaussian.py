@@ -16,7 +16,6 @@ the model and :math:`e \sim N(\mu, \rho^2)` under the family:
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64
@@ -30,49 +29,9 @@ from smcdiff.twist import TwistValue, View
 from .learned import Draw, LearnedTwist, Paths
 from .linear_gaussian import law_covariance
 from .proposals import Move, Start, sample_as
+from .whitening import Rows, Whitened, check_features, coordinates, log_normaliser
 
-Rows = Float64[Tensor, "path k"]
 NARROWEST = 0.05  # of the kernel's variance: a few paths look narrower than what they come from
-
-
-@dataclass(frozen=True)
-class Whitened:
-    """A Gaussian law of one process's states, seen in its own units.
-
-    Attributes:
-        mean, scale: of the flattened states, with shape ``(path, d)``.
-        features: orthonormal rows, with shape ``(k, event)``, or None for all elements.
-    """
-
-    mean: Float64[Tensor, "path d"]
-    scale: Float64[Tensor, "#path d"]
-    features: Tensor | None
-
-    def noise(self, x: Tensor) -> Float64[Tensor, "path d"]:
-        """e, in all elements."""
-        return (x.double().flatten(1) - self.mean) / self.scale
-
-    @property
-    def width(self) -> Tensor:
-        """sigma of the coordinates."""
-        return self.scale if self.features is None else self.scale[:, :1]
-
-    def moved(self, shift: Rows, width: Tensor) -> Tensor:
-        """A draw whose coordinates have the law N(shift, width^2)."""
-        e = torch.randn_like(self.mean)
-        c = coordinates(e, self.features)
-        change = shift + (width - 1) * c
-        if self.features is not None:
-            change = change.reshape(len(e), -1, len(self.features)) @ self.features
-        return self.mean + self.scale * (e + change.reshape(e.shape))
-
-
-def coordinates(x: Tensor, features: Tensor | None) -> Rows:
-    """The coordinates of states, in float64."""
-    flat = x.double().flatten(1)
-    if features is None:
-        return flat
-    return (flat.reshape(len(x), -1, features.shape[1]) @ features.mT).flatten(1)
 
 
 class ElementwiseTwist(LearnedTwist, ABC):
@@ -84,6 +43,9 @@ class ElementwiseTwist(LearnedTwist, ABC):
             name. The elements must then have equal variances.
         pseudo_count: the anchor, in paths.
         floor: the least :math:`\rho^2`.
+        reach: how many neighbouring times on either side share what they have learned, each
+            counting by its information (None: an eighth of the steps). A parameter costs about
+            half a nat per effective path: without sharing, long chains learn noise.
     """
 
     def __init__(
@@ -91,9 +53,13 @@ class ElementwiseTwist(LearnedTwist, ABC):
         features: Tensor | Mapping[str, Tensor] | None = None,
         pseudo_count: float = 1.0,
         floor: float = NARROWEST,
+        reach: int | None = None,
     ) -> None:
         self.features, self.pseudo_count, self.floor = features, pseudo_count, floor
+        self.reach = reach
         self.tables: dict[str, Tensor] = {}  # by process and time; none: the model's own law
+
+    parameters: int  # by coordinate and time
 
     def prepare(self, program: Program) -> None:
         self.names = tuple(n for n in program.processes if not program.sources[n].discrete)
@@ -124,20 +90,43 @@ class ElementwiseTwist(LearnedTwist, ABC):
     def log_ratio(self, draw: Draw) -> Float64[Tensor, " path"]:
         return self._score(draw.s, draw.laws, draw.after, draw.before)
 
+    @property
+    def paths_needed(self) -> float:
+        numbers = sum(table[-self.parameters :].numel() for table in self.tables.values())
+        return numbers / (2 * self._reach + 1)
+
+    @property
+    def _reach(self) -> int:
+        return self.num_steps // 8 if self.reach is None else self.reach
+
     def fit(self, paths: Paths, weights: Float64[Tensor, " path"]) -> None:
         size = float(1 / weights.square().sum())
         trust = size / (size + self.pseudo_count)
+        found: dict[str, dict[int, tuple[Tensor, Tensor]]] = {name: {} for name in self.names}
         for draw in paths.draws():
             for name in self.names:
-                if not is_deterministic(draw.laws[name]):
+                if self._learns(draw, draw.laws[name]):
                     law = self._whitened(name, draw.s, draw.laws[name], len(weights))
-                    self._fit_draw(name, draw, law, weights, trust)
+                    found[name][draw.s] = self._fit_draw(name, draw, law, weights, trust)
+        for name, tables in found.items():
+            for s in tables:
+                self.tables[f"{name}/{s}"] = shared(tables, s, self._reach)
+
+    @staticmethod
+    def _learns(draw: Draw, law: Distribution) -> bool:
+        """Not where nothing is random, nor at a start that is not Gaussian."""
+        starts_alone = not draw.kernels and law_covariance({"": law}) is None
+        return not is_deterministic(law) and not starts_alone
 
     @abstractmethod
     def _fit_draw(
         self, name: str, draw: Draw, law: Whitened, weights: Tensor, trust: float
-    ) -> None:
-        """Fits the tables of one process at one time; ``trust`` is the share of the paths in it."""
+    ) -> tuple[Tensor, Tensor]:
+        """The table of one process at one time, and the information in each of its numbers.
+
+        Args:
+            trust: the share of the paths in it, against the anchor.
+        """
 
     @abstractmethod
     def _change(self, name: str, s: int, law: Whitened, before: Tensor | None) -> tuple[Rows, Rows]:
@@ -231,9 +220,7 @@ class GaussianKernels(ElementwiseTwist):
     the mean is shifted only.
     """
 
-    @property
-    def paths_needed(self) -> float:
-        return 3.0
+    parameters = 3
 
     def _change(self, name: str, s: int, law: Whitened, before: Tensor | None) -> tuple[Rows, Rows]:
         c = self._before(law, before)
@@ -248,7 +235,7 @@ class GaussianKernels(ElementwiseTwist):
 
     def _fit_draw(
         self, name: str, draw: Draw, law: Whitened, weights: Tensor, trust: float
-    ) -> None:
+    ) -> tuple[Tensor, Tensor]:
         e = coordinates(law.noise(draw.after[name]), law.features)
         c = self._before(law, draw.before.get(name))
         mean, centre = trust * (weights @ e), weights @ c
@@ -263,7 +250,9 @@ class GaussianKernels(ElementwiseTwist):
         pull = (slope * c + offset) / variance / law.width + curvature * m / law.width.square()
         a = weights @ (curvature / law.width.square()).expand(m.shape)
         table = torch.stack([a, weights @ pull, slope, offset, variance.sqrt()])
-        self.tables[f"{name}/{draw.s}"] = table
+        v = law.width.square().mean(0).expand(e.shape[1])
+        inner = torch.full_like(v, float(bool(draw.kernels)))  # the start is no transition
+        return table, torch.stack([v.square(), v, inner, inner, inner])
 
 
 class QuadraticTwist(ElementwiseTwist):
@@ -274,9 +263,7 @@ class QuadraticTwist(ElementwiseTwist):
     kernel whose variance differs from path to path is fitted by its mean variance.
     """
 
-    @property
-    def paths_needed(self) -> float:
-        return 2.0
+    parameters = 2
 
     def prepay(
         self, t: int, x: dict[str, Tensor], kernels: dict[str, Kernel], cache: Tree
@@ -302,7 +289,7 @@ class QuadraticTwist(ElementwiseTwist):
 
     def _fit_draw(
         self, name: str, draw: Draw, law: Whitened, weights: Tensor, trust: float
-    ) -> None:
+    ) -> tuple[Tensor, Tensor]:
         c = coordinates(draw.after[name], law.features)
         m, v = coordinates(law.mean, law.features), law.width.square().mean(0)
         centre = weights @ m
@@ -314,25 +301,19 @@ class QuadraticTwist(ElementwiseTwist):
         root = (1 + 4 * between * within / v.square()).sqrt()
         variance = (2 * within / (1 + root)).maximum(self.floor * v)
         table = torch.stack([1 / variance - 1 / v, mean / variance - centre / v])
-        self.tables[f"{name}/{draw.s}"] = table
+        v = v.expand(c.shape[1])
+        return table, torch.stack([v.square(), v])
 
 
-def log_normaliser(a: Tensor, b: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """log E[exp(-a c^2 / 2 + b c)] for c ~ N(mean, variance)."""
-    spread = 1 + a * variance
-    exponent = 2 * mean * b + variance * b.square() - a * mean.square()
-    return 0.5 * (exponent / spread - spread.log())
+def shared(tables: Mapping[int, tuple[Tensor, Tensor]], s: int, reach: int) -> Tensor:
+    """The average of the tables at times near s, each number by its information.
 
-
-def check_features(name: str, features: Tensor | None, size: int) -> None:
-    """Refuses rows that are no orthonormal coordinates of an event with so many elements."""
-    if features is None:
-        return
-    fits = features.dim() == 2 and features.shape[1] == size
-    eye = torch.eye(len(features), dtype=features.dtype, device=features.device)
-    if not fits or not torch.allclose(features @ features.mT, eye, atol=1e-5):
-        raise ValueError(
-            f"features of process {name!r} must be orthonormal rows with {size} columns, one per "
-            f"element of an event, but have shape {tuple(features.shape)}: take Q of "
-            "torch.linalg.qr(matrix.T), transposed"
-        )
+    A twist that a transition of variance v has shown is known to within 1 / v in its curvature and
+    1 / sqrt(v) in its slope: small steps show little of it.
+    """
+    own, _ = tables[s]
+    near = [tables[r] for r in range(s - reach, s + reach + 1) if r in tables]
+    near = [(table, known) for table, known in near if table.shape == own.shape]
+    total = torch.stack([known for _, known in near]).sum(0)
+    average = torch.stack([table * known for table, known in near]).sum(0) / total
+    return torch.where(total > 0, average, own)

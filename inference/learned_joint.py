@@ -40,7 +40,7 @@ class JointTwist(LearnedTwist):
 
     @property
     def paths_needed(self) -> float:
-        return max(part.paths_needed for part in self.parts)
+        return sum(part.paths_needed for part in self.parts)
 
     def tensors(self) -> dict[str, Tensor]:
         return {

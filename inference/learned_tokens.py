@@ -70,8 +70,7 @@ class TokenTwist(LearnedTwist):
 
     @property
     def paths_needed(self) -> float:
-        sizes = [table.shape[-1] for table in self.tables.values()]
-        return float(max(sizes, default=0))
+        return float(sum(table.numel() for table in self.tables.values()))
 
     def tensors(self) -> dict[str, Tensor]:
         weights = {} if self.network is None else self.network.state_dict()

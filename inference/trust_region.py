@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT = "smcdiff-1 learning"
-PATIENCE = 2  # iterations at tau = 1 without more effective samples
+PATIENCE = 2  # iterations without a larger step, or at tau = 1 without more effective samples
 PerProblem = Float64[Tensor, " problem"]
 
 
@@ -85,7 +85,8 @@ class TrustRegionTwistedSMC(ParticleMethod):
             :class:`JointTwist`, for any program).
         epsilon, ess_target: the trust region (:class:`~smcdiff.inference.escort.TrustRegion`).
         num_iterations: the most that are made. Learning ends sooner once a whole step is taken
-            (tau = 1) at an effective sample size above ``good_ess``, or without gaining any twice.
+            (tau = 1) at an effective sample size above ``good_ess``, and where the family can do no
+            more: two iterations without a larger tau or, at tau = 1, without more effective paths.
         learning_particles: paths per sweep (None: ``num_particles``).
         replay: how many earlier sweeps each fit uses as well.
         good_ess: see ``num_iterations``; a share.
@@ -240,14 +241,13 @@ class TrustRegionTwistedSMC(ParticleMethod):
             )
 
     def _finished(self) -> bool:
-        """At the target with good weights, or without gaining any more."""
+        """At the target with good weights, or not getting any further."""
         if len(self.iterations) >= self.num_iterations:
             return True
-        there = [float(each.ess.min()) for each in self.iterations if bool((each.tau == 1).all())]
-        if not there or not bool((self.iterations[-1].tau == 1).all()):
-            return False
-        before, lately = there[:-PATIENCE], there[-PATIENCE:]
-        return there[-1] >= self.good_ess or (bool(before) and max(lately) <= max(before))
+        reached = [float((i.tau + (i.tau == 1) * i.ess).min()) for i in self.iterations]
+        before, lately = reached[:-PATIENCE], reached[-PATIENCE:]
+        stuck = bool(before) and max(lately) <= max(before)
+        return stuck or (bool(lately) and lately[-1] >= 1 + self.good_ess)
 
     @property
     def learning_calls(self) -> Calls:

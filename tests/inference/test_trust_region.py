@@ -99,6 +99,7 @@ FAMILIES = {
     "alone": lambda: ResidualTwist(width=8, descent=QUICK),
 }
 each_family = pytest.mark.parametrize("family", FAMILIES)
+few = pytest.mark.filterwarnings("ignore:.* has more parameters than")
 
 
 def method(model, family="quadratic", **options):
@@ -216,6 +217,7 @@ def test_the_pool_forgets():
     assert len(pool.sweeps) == 2
 
 
+@few
 def test_replay_helps_small_sweeps():
     """Forty paths per sweep determine little; those of four sweeps more."""
     found = {}
@@ -272,6 +274,7 @@ def test_rewards_need_no_gradient():
     assert float(posterior.log_evidence) == pytest.approx(float(inside.log_evidence), abs=0.1)
 
 
+@few
 def test_features_narrow_what_is_learned():
     """The reward sees one direction of thirty: two numbers per step are enough for forty paths."""
     direction = torch.randn(1, 30, generator=torch.Generator().manual_seed(0)).double()
@@ -424,7 +427,7 @@ def test_rewards_that_exclude_everything():
         method(rewarded(lambda x: torch.full(x.shape[:-1], -math.inf))).run()
 
 
-@pytest.mark.filterwarnings("ignore:ResidualTwist has more parameters")
+@few
 @each_family
 def test_rewards_that_exclude_much(family):
     """Paths without weight teach nothing, and do no harm."""
