@@ -57,6 +57,8 @@ class Worker:
     """`particles`, in an environment of its own, ready to filter."""
 
     def __init__(self, python: str, chain: Chain, folder: str) -> None:
+        if subprocess.run([python, "-c", "import particles"], capture_output=True).returncode:
+            raise SystemExit(f"{python} cannot import `particles`. {INSTALL}")
         tables = Path(folder) / "chain.npz"
         chain.save(tables)
         pipe = subprocess.PIPE
@@ -73,10 +75,7 @@ class Worker:
         assert self.process.stdout is not None
         self.process.stdin.write(f"{particles} {seed}\n")
         self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"that interpreter cannot run {WORKER}. {INSTALL}")
-        log_z, seconds = map(float, answer.split())
+        log_z, seconds = map(float, self.process.stdout.readline().split())
         return log_z, seconds
 
     def close(self) -> None:
