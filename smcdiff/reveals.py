@@ -9,7 +9,7 @@ tokens that are independent given x_t:
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 
@@ -20,7 +20,7 @@ class EvenReveal(TorchDistribution):
     Args:
         x: x_t; masked positions hold the number of tokens.
         t: how many steps remain, this one among them.
-        tokens: normalised log-probabilities of the tokens at every position.
+        tokens: log-probabilities of the tokens at every position, up to a constant.
     """
 
     arg_constraints: dict[str, Any] = {}
@@ -44,21 +44,28 @@ class EvenReveal(TorchDistribution):
         shape = (*sample_shape, *self.x.shape)
         order = torch.rand(shape, device=self.x.device).masked_fill(~self.masked, 2.0)
         chosen = order.argsort(-1).argsort(-1) < self.count[..., None]
-        law = torch.distributions.Categorical(logits=self.tokens, validate_args=False)
-        return torch.where(chosen, law.sample(Size(sample_shape)), self.x)
+        law = torch.distributions.Categorical(logits=self._rows(chosen), validate_args=False)
+        x = self.x.expand(shape).clone()
+        x[chosen] = law.sample()
+        return x
 
-    def log_prob(self, value: Tensor) -> Float[Tensor, "*batch"]:
+    def log_prob(self, value: Tensor) -> Float64[Tensor, "*batch"]:
         changed = value != self.x
         allowed = ~changed | (self.masked & (value >= 0) & (value < self.tokens.shape[-1]))
         fits = (changed.sum(-1) == self.count) & allowed.all(-1)
-        tokens = value.clamp(0, self.tokens.shape[-1] - 1)
-        logits = self.tokens.double().expand(*value.shape, -1)
-        drawn = logits.gather(-1, tokens[..., None])[..., 0].masked_fill(~changed, 0.0).sum(-1)
+        drawn = value[changed].clamp(0, self.tokens.shape[-1] - 1)
+        tokens = torch.zeros(value.shape, dtype=torch.float64, device=value.device)
+        tokens[changed] = self._rows(changed).gather(-1, drawn[:, None])[:, 0]
         left, count = self.left.double(), self.count.double()
         sets = torch.lgamma(left + 1) - torch.lgamma(count + 1) - torch.lgamma(left - count + 1)
-        return torch.where(fits, drawn - sets, -torch.inf)
+        return torch.where(fits, tokens.sum(-1) - sets, -torch.inf)
+
+    def _rows(self, where: Bool[Tensor, "*batch length"]) -> Float64[Tensor, "chosen token"]:
+        """The law of the token at each chosen position."""
+        rows = self.tokens.expand(*where.shape, -1)[where]
+        return rows.double().log_softmax(-1)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "EvenReveal":
         batch = Size(batch_shape)
-        x, logits = self.x.expand(*batch, -1), self.tokens.expand(*batch, -1, -1)
-        return EvenReveal(x, self.t, logits)
+        x, tokens = self.x.expand(*batch, -1), self.tokens.expand(*batch, -1, -1)
+        return EvenReveal(x, self.t, tokens)
