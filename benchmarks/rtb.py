@@ -33,13 +33,18 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
 from smcdiff import Process
-from smcdiff.inference import SMC
-from smcdiff.inference.behaviours import Inflated, LinearRamp, Noised, OnPolicy, PriorPaths
-from smcdiff.inference.replay_buffer import ReplayBuffer
-from smcdiff.inference.residuals import ResidualLoss
-from smcdiff.inference.rtb import RelativeTrajectoryBalance
-from smcdiff.models import Controlled
-from smcdiff.models.guides import Head, Langevin
+from smcdiff.inference import (
+    SMC,
+    Inflated,
+    LinearRamp,
+    Noised,
+    OnPolicy,
+    PriorPaths,
+    RelativeTrajectoryBalance,
+    ReplayBuffer,
+    ResidualLoss,
+)
+from smcdiff.models import Controlled, Head, Langevin
 from smcdiff.process import Kernel, Signal
 
 VARIANCE, NOISE = 0.3, 5.0

@@ -1,5 +1,14 @@
 """How one infers: every algorithm is a guide or a twist on the one particle engine."""
 
+from .behaviours import (
+    BackAndForth,
+    Behaviour,
+    Inflated,
+    LinearRamp,
+    Noised,
+    OnPolicy,
+    PriorPaths,
+)
 from .denoised import DenoisedLikelihood
 from .engine import Settings
 from .guided import GuidedProposal
@@ -11,26 +20,40 @@ from .learned_tokens import TokenTwist
 from .masked_proposals import NestedProposal, RelaxedLikelihood, TiltedTokens
 from .proposals import FromKernel, Proposal, TwistedKernel
 from .rejuvenation import Rejuvenation
+from .replay_buffer import Mala, ReplayBuffer
+from .residuals import ResidualLoss
+from .rtb import RelativeTrajectoryBalance
 from .smc import SMC, NoTwist, ParticleMethod, TwistedSMC
 from .steering import IntermediateReward, Tempered
 from .trust_region import TrustRegionTwistedSMC
 
 __all__ = [
     "SMC",
+    "BackAndForth",
+    "Behaviour",
     "DenoisedLikelihood",
     "FromKernel",
     "GaussianKernels",
     "GuidedProposal",
+    "Inflated",
     "IntermediateReward",
     "JointTwist",
     "LearnedTwist",
+    "LinearRamp",
+    "Mala",
     "NestedProposal",
     "NoTwist",
+    "Noised",
+    "OnPolicy",
     "ParticleMethod",
+    "PriorPaths",
     "Proposal",
     "QuadraticTwist",
     "Rejuvenation",
+    "RelativeTrajectoryBalance",
     "RelaxedLikelihood",
+    "ReplayBuffer",
+    "ResidualLoss",
     "ResidualTwist",
     "Settings",
     "Tempered",

@@ -6,6 +6,7 @@ the same with the gradient of a reward, a start and a variance of its own.
 """
 
 import copy
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,20 +74,27 @@ class Finetuned(Process):
         pyro.module(f"{name}.network", self.network)
 
 
-def lora(rank: int = 8, targets: Sequence[type[nn.Module]] = (nn.Linear, nn.Conv2d)) -> Any:
+def lora(
+    rank: int = 8, targets: Sequence[type[nn.Module]] = (nn.Linear, nn.Conv2d)
+) -> Callable[[nn.Module], nn.Module]:
     """Low-rank adapters (Hu et al. 2021) for :class:`Finetuned`, by peft (extra ``lora``).
 
     Args:
         rank: of every change of a weight; the change is scaled by one.
         targets: the kinds of layers that get one.
+
+    Raises:
+        ImportError: peft is needed and not installed.
     """
 
     def adapt(network: nn.Module) -> nn.Module:
-        from peft import LoraConfig, inject_adapter_in_model
-
+        try:
+            peft = importlib.import_module("peft")
+        except ImportError as error:
+            raise ImportError("adapters need peft: pip install smcdiff[lora]") from error
         names = [n for n, m in network.named_modules() if isinstance(m, tuple(targets))]
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
-        adapted: nn.Module = inject_adapter_in_model(config, network)
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+        adapted: nn.Module = peft.inject_adapter_in_model(config, network)
         return adapted.eval()
 
     return adapt

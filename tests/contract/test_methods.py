@@ -16,10 +16,16 @@ import smcdiff.inference
 from smcdiff import RESAMPLERS, DegenerateWeights, Particles
 from smcdiff.inference import (
     SMC,
+    Behaviour,
     IntermediateReward,
+    LinearRamp,
+    Mala,
     ParticleMethod,
     Proposal,
     Rejuvenation,
+    RelativeTrajectoryBalance,
+    ReplayBuffer,
+    ResidualLoss,
     Settings,
     TrustRegionTwistedSMC,
     TwistedSMC,
@@ -63,7 +69,8 @@ METHODS: dict[str, Callable[..., ParticleMethod]] = {
     "TwistedSMC, gradient": lambda **options: TwistedSMC(model, proposal="gradient", **options),
     "TwistedSMC, kernel": lambda **options: TwistedSMC(model, proposal="kernel", **options),
 }
-ABSTRACT = {"LearnedTwist", "ParticleMethod", "Proposal"}
+BALANCE = (RelativeTrajectoryBalance, ResidualLoss, ReplayBuffer, Mala, LinearRamp)
+ABSTRACT = {"Behaviour", "LearnedTwist", "ParticleMethod", "Proposal"}
 
 
 @pytest.fixture(params=METHODS)
@@ -85,9 +92,9 @@ def test_every_exported_method_has_a_row() -> None:
 
 
 def test_every_export_has_a_contract() -> None:
-    """Methods, twists and proposals have theirs; what else there is, is a setting of the loop."""
-    kinds = exported(ParticleMethod) | exported(Twist) | exported(Proposal)
-    settings = {Settings.__name__, Rejuvenation.__name__}
+    """What is none of these is a setting of the loop, or of learning (``test_balance.py``)."""
+    kinds = exported(ParticleMethod) | exported(Twist) | exported(Proposal) | exported(Behaviour)
+    settings = {each.__name__ for each in (Settings, Rejuvenation, *BALANCE)}
     assert set(smcdiff.inference.__all__) == kinds | settings | ABSTRACT
 
 

@@ -10,32 +10,38 @@ from pyro import poutine
 from pyro.infer import Importance, Predictive, Trace_ELBO
 from torch import distributed, multiprocessing, nn
 
-from smcdiff.inference import SMC
-from smcdiff.inference.behaviours import (
+from smcdiff.inference import (
+    SMC,
     BackAndForth,
     Inflated,
     LinearRamp,
+    Mala,
     Noised,
     OnPolicy,
     PriorPaths,
-    inflate,
-    noised,
+    RelativeTrajectoryBalance,
+    ReplayBuffer,
+    ResidualLoss,
 )
+from smcdiff.inference.behaviours import inflate, noised
 from smcdiff.inference.differences import log_quotient
-from smcdiff.inference.replay_buffer import Mala, ReplayBuffer, Terminals
-from smcdiff.inference.residuals import ResidualLoss, group_reduce
-from smcdiff.inference.rtb import RelativeTrajectoryBalance
+from smcdiff.inference.replay_buffer import Terminals
+from smcdiff.inference.residuals import group_reduce
 from smcdiff.laws import CovariantNormal
 from smcdiff.models import (
     Controlled,
     Diffusion,
+    Finetuned,
     Flow,
     GaussianDenoiser,
+    Head,
+    Langevin,
+    LearnedScale,
+    LearnedStart,
     MaskedDiffusion,
     Team,
     VariancePreserving,
 )
-from smcdiff.models.guides import Finetuned, Head, Langevin, LearnedScale, LearnedStart
 from smcdiff.models.networks import UNet
 
 Y = torch.tensor([0.4, -1.0])

@@ -10,28 +10,29 @@ import torch
 from torch import nn
 
 from smcdiff import Process
-from smcdiff.inference import SMC
-from smcdiff.inference.behaviours import (
+from smcdiff.inference import (
+    SMC,
     BackAndForth,
     Inflated,
     LinearRamp,
     Noised,
     OnPolicy,
     PriorPaths,
+    RelativeTrajectoryBalance,
+    ResidualLoss,
 )
 from smcdiff.inference.pair import Pair
-from smcdiff.inference.residuals import ResidualLoss
-from smcdiff.inference.rtb import RelativeTrajectoryBalance
 from smcdiff.inference.trajectories import Plan
 from smcdiff.models import (
     Controlled,
     Diffusion,
     EnumeratedDenoiser,
     GaussianDenoiser,
+    LearnedScale,
+    LearnedStart,
     MaskedDiffusion,
     VariancePreserving,
 )
-from smcdiff.models.guides import LearnedScale, LearnedStart
 from smcdiff.process import Kernel
 
 from ..oracles import affine, covariance, moments
