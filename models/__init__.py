@@ -17,9 +17,10 @@ from .denoisers import Denoiser, EnumeratedDenoiser, GaussianDenoiser, MixtureDe
 from .diffusion import Diffusion
 from .flow import Flow
 from .grids import Grid, Schedule
+from .guides import Finetuned, Head, Langevin, LearnedScale, LearnedStart, lora
 from .markov import MarkovDenoiser
 from .masked import MaskedDiffusion
-from .priors import digit_prior, mnist_prior
+from .priors import digit_prior, mnist_prior, name_prior, text_prior
 from .schedules import Cosine, FromAlphas, LogSNR, Tabulated, VariancePreserving
 from .team import Team
 from .thresholding import DynamicThresholding
@@ -38,11 +39,16 @@ __all__ = [
     "EDM",
     "EnumeratedDenoiser",
     "ExactVelocity",
+    "Finetuned",
     "Flow",
     "FromAlphas",
     "GaussianDenoiser",
     "Grid",
+    "Head",
     "Interpolant",
+    "Langevin",
+    "LearnedScale",
+    "LearnedStart",
     "LogSNR",
     "MarkovDenoiser",
     "MaskedDiffusion",
@@ -58,7 +64,10 @@ __all__ = [
     "contains",
     "digit_prior",
     "ends_with",
+    "lora",
     "mnist_prior",
+    "name_prior",
+    "text_prior",
 ]
 
 if __name__ == "models":

@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 
-from . import digits, mnist
+from . import digits, mnist, text
 from .diffusion import Diffusion
+from .masked import MaskedDiffusion
 from .schedules import VariancePreserving
+from .transformer import Transformer
 
 
 def digit_prior(
@@ -43,3 +45,39 @@ def mnist_prior(
     settings = {"parameterization": mnist.PARAMETERIZATION, "scale": 0.6, **kwargs}
     network = mnist.mnist_network(device)
     return Diffusion(network, VariancePreserving(), mnist.EVENT_SHAPE, num_steps, **settings)
+
+
+def name_prior(
+    num_steps: int = text.NAME_LENGTH, device: torch.device | str | None = None, **kwargs: Any
+) -> MaskedDiffusion:
+    """First names as 16 characters, the letters of a name and then full stops.
+
+    ``smcdiff.models.text`` has the alphabet: ``decode_names(x)``, ``NAMES.encode("anna")``.
+
+    Args:
+        num_steps: T; with ``reveal="even"`` and this number, one character at a time is revealed.
+        device: where the network lives.
+        kwargs: for :class:`MaskedDiffusion`, such as ``reveal``.
+    """
+    return _masked(text.name_network(device), text.NAMES, text.NAME_LENGTH, num_steps, kwargs)
+
+
+def text_prior(
+    num_steps: int = text.TEXT_LENGTH, device: torch.device | str | None = None, **kwargs: Any
+) -> MaskedDiffusion:
+    """64 characters of English, half of it Shakespeare's and half of it Wikipedia's.
+
+    ``smcdiff.models.text`` has the alphabet: ``ENGLISH.decode(x)``, ``ENGLISH.encode("To be")``.
+
+    Args:
+        num_steps: T; with ``reveal="even"`` and this number, one character at a time is revealed.
+        device: where the network lives.
+        kwargs: for :class:`MaskedDiffusion`, such as ``reveal``.
+    """
+    return _masked(text.text_network(device), text.ENGLISH, text.TEXT_LENGTH, num_steps, kwargs)
+
+
+def _masked(
+    network: Transformer, alphabet: text.Alphabet, length: int, num_steps: int, kwargs: Any
+) -> MaskedDiffusion:
+    return MaskedDiffusion(network, length, len(alphabet), num_steps=num_steps, **kwargs)
