@@ -18,6 +18,7 @@ from .diffusion import Diffusion
 from .flow import Flow
 from .grids import Grid, Schedule
 from .guides import Finetuned, Head, Langevin, LearnedScale, LearnedStart, lora
+from .guides import Finetuned, Head, Langevin, LearnedScale, LearnedStart, lora
 from .markov import MarkovDenoiser
 from .masked import MaskedDiffusion
 from .priors import digit_prior, mnist_prior, name_prior, text_prior
@@ -40,14 +41,19 @@ __all__ = [
     "EnumeratedDenoiser",
     "ExactVelocity",
     "Finetuned",
+    "Finetuned",
     "Flow",
     "FromAlphas",
     "GaussianDenoiser",
     "Grid",
     "Head",
+    "Head",
     "Interpolant",
     "Langevin",
+    "Langevin",
     "LearnedScale",
+    "LearnedScale",
+    "LearnedStart",
     "LearnedStart",
     "LogSNR",
     "MarkovDenoiser",
@@ -64,6 +70,7 @@ __all__ = [
     "contains",
     "digit_prior",
     "ends_with",
+    "lora",
     "lora",
     "mnist_prior",
     "name_prior",
