@@ -49,6 +49,7 @@ class Settings:
         smoothing: the share, below 1, of every change of a log-weight that is held back until the
             next step (at t = 0 all is paid). A look-ahead that errs at one state errs otherwise at
             the next: its passing errors then do not decide who is resampled. The target stays.
+        exponent: a power of all weights, with which particles aim between proposal and target.
     """
 
     num_particles: int = 256
@@ -58,6 +59,7 @@ class Settings:
     chunk_size: int | None = None
     rejuvenation: Rejuvenation | None = None
     smoothing: float = 0.0
+    exponent: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("num_particles", "num_runs"):
@@ -194,7 +196,7 @@ class Engine:
         self, x: dict[str, Tensor], latents: dict[str, Tensor], cache: Tree, weights: Tensor
     ) -> Particles:
         num_particles, runs = self.axes[-1], self.axes[:-1]
-        log_weights = weights.reshape(self.axes)
+        log_weights = self.settings.exponent * weights.reshape(self.axes)
         check_log_weights(log_weights, f"at step t = {self.program.num_steps}")
         own = torch.arange(num_particles, device=weights.device).expand(self.axes).contiguous()
         state = Particles(
@@ -219,8 +221,8 @@ class Engine:
         kernels = self.evaluator.kernels(t, x, cache)
         prepaid = self.proposal.prepay(t, x, kernels, cache)
         if prepaid is not None:
-            cache = {**cache, "prepaid": prepaid}
-            paid = state.log_weights + prepaid.reshape(self.axes)
+            cache = {**cache, "prepaid": self.settings.exponent * prepaid}
+            paid = state.log_weights + cache["prepaid"].reshape(self.axes)
             state = replace(state, log_weights=paid, cache=self._unflatten(cache))
         ess = effective_sample_size(state.log_weights)
         where = self._runs_to_resample(ess, kernels)
@@ -256,9 +258,10 @@ class Engine:
         after = move.seen
         if after is None:
             after = self.evaluator.look(t - 1, move.x, latents, cache["memory"], self.problems)
-        increment = after["log_psi"] - cache["log_psi"] - cache.get("prepaid", 0.0)
+        increment = after["log_psi"] - cache["log_psi"]
         if move.log_ratio is not None:
             increment = increment + move.log_ratio
+        increment = self.settings.exponent * increment - cache.get("prepaid", 0.0)
         due, after = self._hold_back(t, increment, cache, after)
         log_weights = state.log_weights + due.reshape(self.axes)
         check_log_weights(log_weights, f"at step t = {t - 1}")

@@ -15,7 +15,7 @@ answer: learning changes the variance only.
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,9 @@ class TrustRegionTwistedSMC(ParticleMethod):
             more: two iterations without a larger tau or, at tau = 1, without more effective paths.
         learning_particles: paths per sweep (None: ``num_particles``).
         replay: how many earlier sweeps each fit uses as well.
+        tempered: for chains so long that whole paths carry no weight: learning sweeps resample as
+            the final run does, with weights to the power of the last tau. Weights of one would move
+            the paths to the target, whatever the trust region says.
         good_ess: see ``num_iterations``; a share.
         num_particles, num_runs, ess_threshold, resampler, chunk_size, smoothing: of the final run
             (:class:`Settings`).
@@ -108,6 +111,7 @@ class TrustRegionTwistedSMC(ParticleMethod):
         num_iterations: int = 10,
         learning_particles: int | None = None,
         replay: int = 0,
+        tempered: bool = False,
         good_ess: float = 0.5,
         num_particles: int = 256,
         num_runs: int = 1,
@@ -123,6 +127,7 @@ class TrustRegionTwistedSMC(ParticleMethod):
         super().__init__(model, settings, per_problem)
         self.learned, self.region = learned or JointTwist(), TrustRegion(epsilon, ess_target)
         self.num_iterations, self.replay, self.good_ess = num_iterations, replay, good_ess
+        self.tempered = tempered
         self.sweep = Settings(learning_particles or num_particles, 1, 0.0, resampler, chunk_size)
         self.iterations: list[Iteration] = []
         if num_iterations and self.region.never_binds(self.sweep.num_particles):
@@ -195,7 +200,9 @@ class TrustRegionTwistedSMC(ParticleMethod):
     def _iterate(self, engine: Engine, pool: Pool) -> Iteration:
         """Sweep, dual, projection."""
         number = len(self.iterations) + 1
-        paths = record(engine.evaluator, list(engine.iterate()), self.learned)
+        engine.settings = self._sweep_settings()
+        states, exponent = list(engine.iterate()), engine.settings.exponent
+        paths = record(engine.evaluator, states, self.learned, exponent)
         pool.add(paths, self.learned)
         logs, base = pool.log_weights()
         tau = self.region.exponent(logs, base, f"iteration {number}")
@@ -204,6 +211,13 @@ class TrustRegionTwistedSMC(ParticleMethod):
         self.learned.fit(*pool.all_paths(weights))
         self._warn_of_few(float(made.ess_tempered.sum()) * weights.shape[-1])
         return made
+
+    def _sweep_settings(self) -> Settings:
+        """Without resampling; or with it, and with tempered weights, once a tau is known."""
+        if not self.tempered or not self.iterations:
+            return self.sweep
+        tau = float(self.iterations[-1].tau.min())
+        return replace(self.sweep, ess_threshold=self.settings.ess_threshold, exponent=tau)
 
     def _describe(self, pool: Pool, logs: PerPath, base: PerPath, tau: PerProblem) -> Iteration:
         paths = pool.sweeps[-1][0]

@@ -168,6 +168,40 @@ def test_paths_of_a_resampled_run_are_its_lineages():
     torch.testing.assert_close(draw.laws["x"].mean, transition)
 
 
+@pytest.mark.parametrize("exponent", [0.4, 1.0])
+def test_tempered_sweeps_stand_for_the_law_that_drew_them(exponent):
+    """Resampled with powers of the weights, and weighted back: means under P_k."""
+    pyro.set_rng_seed(0)
+    made = method(gaussian(), num_iterations=1)
+    made.learn()
+    engine, _, plain = sweep(gaussian(), made.learned, 20_000)
+    engine = Engine(
+        engine.program, made.learned, made.learned, Settings(50, 200, 1.0, exponent=exponent)
+    )
+    states = list(engine.iterate())
+    assert bool(torch.stack([step.resampled for step in states[-1].history]).any())
+    paths = record(engine.evaluator, states, made.learned, exponent)
+    norms = states[-1].log_norm.repeat_interleave(50)  # a run counts by what it resampled away
+    weights = (paths.log_sampling + norms).exp().reshape(200, 50).mean(-1)
+    assert abs(z_score(weights, 1.0)) < BOUND
+    low = plain.x[-1]["x"][:, 0].mean()
+    values = (paths.log_sampling + norms).exp() * (paths.x[-1]["x"][:, 0] - low)
+    error = plain.x[-1]["x"][:, 0].std() / 20_000**0.5
+    means = values.reshape(200, 50).mean(-1)
+    assert float(means.mean().abs()) < BOUND * float((means.var() / 200 + error**2).sqrt())
+
+
+def test_tempered_learning_reaches_the_target():
+    pyro.set_rng_seed(0)
+    made = method(gaussian(4), num_particles=300, num_runs=20, num_iterations=8, tempered=True)
+    posterior = made.run()
+    assert float(made.iterations[-1].tau[0]) == 1
+    plain = method(gaussian(4), num_particles=300, num_runs=20, num_iterations=8).run()
+    gap = posterior.evidence.log_evidence - plain.evidence.log_evidence
+    error = posterior.evidence.standard_error.hypot(plain.evidence.standard_error)
+    assert abs(float(gap)) < BOUND * float(error)
+
+
 # ---------------------------------------------------------------------------------- replay
 
 
