@@ -172,14 +172,14 @@ class DenoisedLikelihood(Twist):
     def _power(self, view: View, kind: str) -> float:
         """What a look-ahead of this kind is raised to."""
         damping = DAMPING[kind] if self.damping is None else self.damping
-        if damping == 0 or any(view.processes[n].signal(view.t) is None for n in self.names):
+        signals = [view.processes[n].signal(view.t) for n in self.names]
+        if damping == 0 or not signals or None in signals:
             return 1.0
         explained = [
             stacked_levels(view.program, self.names, view.x, view.t, field)
             for field in ("alpha", "slope")
         ]
-        share = float((explained[0] * explained[1]).mean()) if self.names else 1.0
-        return share**damping
+        return float((explained[0] * explained[1]).mean()) ** damping
 
     def _average(self, view: View) -> Float64[Tensor, " particle"]:
         """Log-mean-exp over draws of everything that is not linearised."""
