@@ -32,6 +32,7 @@ from .proposals import Move, Start, sample_as
 from .whitening import Rows, Whitened, check_features, coordinates, log_normaliser
 
 NARROWEST = 0.05  # of the kernel's variance: a few paths look narrower than what they come from
+WIDEST = 0.9  # of its precision may be taken away: what neighbours share stays a law here
 
 
 class ElementwiseTwist(LearnedTwist, ABC):
@@ -109,8 +110,10 @@ class ElementwiseTwist(LearnedTwist, ABC):
                     law = self._whitened(name, draw.s, draw.laws[name], len(weights))
                     found[name][draw.s] = self._fit_draw(name, draw, law, weights, trust)
         for name, tables in found.items():
-            for s in tables:
-                self.tables[f"{name}/{s}"] = shared(tables, s, self._reach)
+            for s, (_, known) in tables.items():
+                table = shared(tables, s, self._reach)
+                table[0] = table[0].maximum(-WIDEST / known[0].sqrt())
+                self.tables[f"{name}/{s}"] = table
 
     @staticmethod
     def _learns(draw: Draw, law: Distribution) -> bool:
@@ -123,6 +126,8 @@ class ElementwiseTwist(LearnedTwist, ABC):
         self, name: str, draw: Draw, law: Whitened, weights: Tensor, trust: float
     ) -> tuple[Tensor, Tensor]:
         """The table of one process at one time, and the information in each of its numbers.
+
+        The table begins with a, of which the information is the kernel's squared variance.
 
         Args:
             trust: the share of the paths in it, against the anchor.
