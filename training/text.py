@@ -3,6 +3,7 @@
     python training/text.py names --minutes 10   # the network of names
     python training/text.py text --minutes 40    # the network of Shakespeare and WikiText-2
     python training/text.py text --resume        # the same, continued from its last checkpoint
+    python training/text.py text --further       # a second training, from the weights that ship
     python training/text.py --measure            # only the figures, from stored weights
 
 Needs the texts (see `smcdiff.models.text.read_original`). Writes `models/weights/*.safetensors`,
@@ -29,6 +30,8 @@ from smcdiff.models.text import (
     TEXT_LENGTH,
     load_english,
     load_names,
+    name_network,
+    text_network,
     windows,
 )
 from smcdiff.models.training import DenoisingTrainer, TrainingConfig
@@ -42,10 +45,11 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "names": {"vocabulary": len(NAMES), "length": NAME_LENGTH, **SIZE},
     "text": {"vocabulary": len(ENGLISH), "length": TEXT_LENGTH, **SIZE},
 }
+SHIPPED = {"names": name_network, "text": text_network}
 BATCHES = {"names": 64, "text": 64}
 
 
-def config(which: str, minutes: float) -> TrainingConfig:
+def config(which: str, minutes: float, further: bool) -> TrainingConfig:
     """The settings of a training; its length follows the clock."""
     return TrainingConfig(
         steps=1_000_000,
@@ -53,7 +57,8 @@ def config(which: str, minutes: float) -> TrainingConfig:
         learning_rate=2e-3,
         warmup=100,
         weight_decay=0.01,
-        ema_decay=0.998,
+        ema_decay=0.9995 if further else 0.998,
+        seed=int(further),
         minutes=minutes,
         validate_every=400 if which == "names" else 100,
     )
@@ -73,14 +78,15 @@ def train(which: str, options: argparse.Namespace) -> None:
     """Trains and stores a network, with a checkpoint every two minutes."""
     torch.manual_seed(0)
     settings = NETWORKS[which]
-    network = Transformer(**settings).to(options.device)
+    network = SHIPPED[which]() if options.further else Transformer(**settings)
+    network = network.requires_grad_(True).to(options.device)
     data, heldout = (
         sequences(which, part, options.data).to(options.device) for part in ("train", "validation")
     )
     trainer = DenoisingTrainer(
         network,
         data,
-        config=config(which, options.minutes),
+        config=config(which, options.minutes, options.further),
         objective=MaskedObjective(settings["length"], settings["vocabulary"]),
         validation=(heldout, None),
     )
@@ -95,7 +101,10 @@ def train(which: str, options: argparse.Namespace) -> None:
 
     trainer.run(report, checkpoint=checkpoint, checkpoint_minutes=2.0)
     curves = json.loads(CURVE.read_text()) if CURVE.exists() else {}
-    CURVE.write_text(json.dumps({**curves, which: trainer.history}, indent=2) + "\n")
+    before = curves.get(which, []) if options.further else []
+    last = {key: before[-1][key] for key in ("step", "minutes")} if before else {}
+    rows = [{key: row[key] + last.get(key, 0) for key in row} for row in trainer.history]
+    CURVE.write_text(json.dumps({**curves, which: before + rows}, indent=2) + "\n")
     write(which, trainer.ema.cpu())
 
 
@@ -113,6 +122,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="the folder with the texts")
     parser.add_argument("--minutes", type=float, default=40.0, help="for each training")
     parser.add_argument("--resume", action="store_true", help="from the last checkpoint")
+    parser.add_argument("--further", action="store_true", help="start with what ships")
     parser.add_argument("--checkpoints", type=Path, default=HERE.parent / "results" / "text")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
