@@ -152,6 +152,7 @@ class TwistedSMC(ParticleMethod):
             conjugate where the twist knows the Jacobian and the observations are linear, else
             gradient.
         temper, clip: of the shift (:class:`TwistedKernel`); they never change the target.
+        damping: of the look-ahead at high noise (:class:`DenoisedLikelihood`).
         smoothing: of the log-weights (:class:`Settings`), because this look-ahead is a guess
             wherever the data are not Gaussian (None: 0.7, or 0 with rejuvenation).
         num_particles, num_runs, ess_threshold, resampler, chunk_size, rejuvenation: see
@@ -168,6 +169,7 @@ class TwistedSMC(ParticleMethod):
         proposal: str = "auto",
         temper: float = 1.0,
         clip: float | None = None,
+        damping: float | None = None,
         num_particles: int = 256,
         num_runs: int = 1,
         ess_threshold: float = 0.5,
@@ -188,12 +190,14 @@ class TwistedSMC(ParticleMethod):
                 f"proposal must be 'auto', 'conjugate', 'gradient' or 'kernel', got {proposal!r}"
             )
         self.covariance, self.num_draws, self.proposal = covariance, num_draws, proposal
-        self.temper, self.clip = temper, clip
+        self.temper, self.clip, self.damping = temper, clip, damping
 
     def parts(self) -> tuple[Twist, Proposal]:
         curvature = {"auto": None, "conjugate": True}.get(self.proposal, False)
         steered = self.proposal != "kernel"
-        twist = DenoisedLikelihood(self.covariance, self.num_draws, steered, curvature)
+        twist = DenoisedLikelihood(
+            self.covariance, self.num_draws, steered, curvature, self.damping
+        )
         if not steered:
             return twist, FromKernel()
         return twist, TwistedKernel(temper=self.temper, clip=self.clip)
