@@ -44,7 +44,7 @@ from .observations import Observations, constant_operator, observe, operator, st
 
 CovarianceName = Literal["auto", "none", "scalar", "diagonal", "jacobian"]
 FEW_OBSERVATIONS = 4  # up to here a backward pass per observation is worth its price
-DAMPING = {"averaged": 1.0, "network": 0.5, "exact": 0.0}  # benchmarks/damping.py
+DAMPING = 0.5  # benchmarks/damping.py
 TINY = 1e-12  # a Gaussian to the power 0 has no finite covariance
 
 
@@ -63,8 +63,8 @@ class DenoisedLikelihood(Twist):
         curvature: whether it will want curvatures (None: where the Jacobian is known and the
             observations are linear; a scalar one may well be too narrow for data that is not
             Gaussian).
-        damping: the power of R_t^2 above; 0 for none (None: 1 for sites that are not Gaussian, 0.5
-            for Gaussian ones behind a network, 0 for those behind an exact denoiser).
+        damping: the power of R_t^2 above; 0 for none (None: 0.5, and 0 for Gaussian observations
+            through an exact denoiser).
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class DenoisedLikelihood(Twist):
         return self._draws if self._averages else 0
 
     def evaluate(self, view: View) -> TwistValue:
-        others = self._average(view) * self._power(view, "averaged")
+        others = self._average(view) * self._power(view, DAMPING)
         log_psi, surrogate, cache = others, others, {}
         if self.sites:
             seen = observe(view.execution, self.sites, view.batch)
@@ -135,7 +135,7 @@ class DenoisedLikelihood(Twist):
             spread = self._spread(view, matrix, seen, slope, noise)
             factor = torch.linalg.cholesky(spread)
             likelihood, solved = log_normal(seen.residual, factor)
-            power = self._power(view, "exact" if self.closed else "network")
+            power = self._power(view, 0.0 if self.closed else DAMPING)
             solved = power * solved.detach()
             log_psi = log_psi + power * likelihood  # differentiable in the latents: rejuvenation
             if self._curved:
@@ -169,9 +169,9 @@ class DenoisedLikelihood(Twist):
             return noise
         return self.linearise(view, matrix, seen, view.t)[1]
 
-    def _power(self, view: View, kind: str) -> float:
-        """What a look-ahead of this kind is raised to."""
-        damping = DAMPING[kind] if self.damping is None else self.damping
+    def _power(self, view: View, usual: float) -> float:
+        """What a look-ahead is raised to, if its usual damping is this."""
+        damping = usual if self.damping is None else self.damping
         signals = [view.processes[n].signal(view.t) for n in self.names]
         if damping == 0 or not signals or None in signals:
             return 1.0
