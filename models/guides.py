@@ -41,12 +41,18 @@ class Finetuned(Process):
                 "process that has, or steer this one with Controlled"
             )
         twin = copy.deepcopy(network)
-        self.network = twin.requires_grad_(True) if adapt is None else adapt(twin)
-        if not any(p.requires_grad for p in self.network.parameters()):
+        twin = twin.requires_grad_(True) if adapt is None else adapt(twin)
+        if not any(p.requires_grad for p in twin.parameters()):
             raise ValueError(f"the copy of {type(network).__name__} has nothing to train")
-        self.inner = copy.copy(base)
-        setattr(self.inner, name, self.network)
+        self.inner, self._name = copy.copy(base), name
+        setattr(self.inner, name, twin)
         self.num_steps, self.event_shape = base.num_steps, base.event_shape
+
+    @property
+    def network(self) -> nn.Module:
+        """The copy, which is trained in place."""
+        network: nn.Module = getattr(self.inner, self._name)
+        return network
 
     @property
     def deterministic(self) -> bool:

@@ -22,6 +22,7 @@ from smcdiff.models import (
     Controlled,
     Diffusion,
     EnumeratedDenoiser,
+    Finetuned,
     Flow,
     GaussianDenoiser,
     MaskedDiffusion,
@@ -139,6 +140,7 @@ PROCESSES: dict[str, Callable[[], Process]] = {
         flow(noise=0.0, method="heun", **guidance(1.0, 3.0)), 2.0
     ),
     "Flow, torchdiffeq": lambda: flow(noise=0.0, method="rk4"),
+    "Finetuned": lambda: Finetuned(network()),
     "Scheduled": scheduled,
     "Scheduled, learned": lambda: scheduled("learned"),
     "MaskedDiffusion": masked,

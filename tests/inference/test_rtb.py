@@ -1,6 +1,7 @@
 """Relative trajectory balance: what it refuses, remembers and shares; guides and behaviours."""
 
 import socket
+import sys
 
 import pyro
 import pyro.distributions as dist
@@ -41,6 +42,7 @@ from smcdiff.models import (
     MaskedDiffusion,
     Team,
     VariancePreserving,
+    lora,
 )
 from smcdiff.models.networks import UNet
 
@@ -205,6 +207,35 @@ def test_before_learning_the_ratio_is_exactly_zero(kind):
     rtb.loss_and_grads()
     walked = rtb.pair.walk(OnPolicy().plan(rtb.pair, 6, 0), 6, ())
     assert walked.log_ratio.abs().max() == 0.0
+
+
+def test_low_rank_adapters_start_at_the_prior_and_learn():
+    pytest.importorskip("peft")
+    prior = image()
+    nn.init.normal_(prior.network.output.weight, std=0.1)
+    process = Finetuned(prior, lora(2))
+    trainable = [p.numel() for p in process.network.parameters() if p.requires_grad]
+    assert 0 < sum(trainable) < 0.5 * sum(p.numel() for p in prior.network.parameters())
+
+    def model():
+        pyro.factor("reward", -prior("x").mean((-1, -2, -3)).square())
+
+    rtb = balance(model, only(process), sgd(1e-3))
+    rtb.loss_and_grads()
+    walked = rtb.pair.walk(OnPolicy().plan(rtb.pair, 4, 0), 4, ())
+    assert walked.log_ratio.abs().max() == 0.0
+    before = weights_of(rtb)
+    for _ in range(2):
+        rtb.step()
+    after = weights_of(rtb)
+    assert all("lora" in name for name in after)
+    assert any(not after[name].equal(before[name]) for name in after)
+
+
+def test_adapters_say_what_they_need(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"pip install smcdiff\[lora\]"):
+        Finetuned(image(), lora())
 
 
 def test_a_trained_guide_is_plain_pyro():
