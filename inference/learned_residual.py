@@ -30,6 +30,7 @@ from .linear_gaussian import Covariance, LocalTwist, TwistedStep, law_covariance
 from .proposals import Move, Start, TwistedKernel
 
 TIMES = 4  # features of t
+HOPELESS = -20.0  # of log psi below the average: what is further down need not be told apart
 
 
 class ResidualHead(nn.Module):
@@ -98,11 +99,34 @@ class Steered:
             LocalTwist(local.direction[rows], *map(cut, (local.slope, local.noise, local.total))),
         )
 
-    def log_ratio(self, u: Float64[Tensor, "path d"]) -> Float64[Tensor, " path"]:
+    def log_ratio(self, u: Float64[Tensor, "path d"] | float = 0.0) -> Float64[Tensor, " path"]:
         """log p - log q."""
         direction = self.local.direction + u / self.covariance.diagonal.sqrt()
         local = replace(self.local, direction=direction)
         return TwistedStep(self.covariance, local).log_ratio(self.noise)
+
+
+def steerable(
+    names: Sequence[str], kernels: Mapping[str, Kernel], x: Mapping[str, Tensor]
+) -> Covariance | None:
+    """V of some processes, where there is something to steer; None elsewhere."""
+    laws = {n: kernels[n].law for n in names}
+    alike = all(law.mean.shape == x[n].shape for n, law in laws.items())
+    return law_covariance(laws) if alike else None
+
+
+def steered(names: Sequence[str], draw: Draw, twist: Tree) -> Steered | None:
+    """What an analytic twist makes of a draw; None where nothing is steered."""
+    covariance = steerable(names, draw.kernels, draw.before)
+    if covariance is None:
+        return None
+    means = stack({n: draw.laws[n].mean for n in names})
+    noise = stack({n: draw.after[n] for n in names}) - means
+    direction = twist.get("direction", torch.zeros_like(noise))
+    local = LocalTwist(direction)
+    if "slope" in twist:
+        local = LocalTwist(direction, twist["slope"], twist["noise"], twist.get("total"))
+    return Steered(noise, covariance, local)
 
 
 class ResidualTwist(LearnedTwist):
@@ -219,23 +243,10 @@ class ResidualTwist(LearnedTwist):
     def _covariance(
         self, kernels: Mapping[str, Kernel], x: Mapping[str, Tensor]
     ) -> Covariance | None:
-        """V, where there is something to steer; None elsewhere."""
-        laws = {n: kernels[n].law for n in self.names}
-        alike = all(law.mean.shape == x[n].shape for n, law in laws.items())
-        return law_covariance(laws) if alike else None
+        return steerable(self.names, kernels, x)
 
     def _steered(self, draw: Draw) -> Steered | None:
-        """What the analytic twist makes of a draw; None where nothing is steered."""
-        covariance, twist = self._covariance(draw.kernels, draw.before), draw.cache["twist"]
-        if covariance is None:
-            return None
-        means = stack({n: draw.laws[n].mean for n in self.names})
-        noise = stack({n: draw.after[n] for n in self.names}) - means
-        direction = twist.get("direction", torch.zeros_like(noise))
-        local = LocalTwist(direction)
-        if "slope" in twist:
-            local = LocalTwist(direction, twist["slope"], twist["noise"], twist.get("total"))
-        return Steered(noise, covariance, local)
+        return steered(self.names, draw, draw.cache["twist"])
 
     @staticmethod
     def _seen(draw: Draw) -> tuple[Tree, Tensor]:
@@ -296,17 +307,22 @@ class ResidualTwist(LearnedTwist):
         if isinstance(self.network, ResidualHead) and not bool(self.network.last.weight.any()):
             inputs = [self._inputs(d.before, d.kernels, *self._seen(d)) for d in draws]
             self.network.standardise(torch.cat(inputs).to(self.network.centre))
+        seen = 0.5 * (weights + 1 / len(weights))  # h must know what not to follow, too
         losses = []
         for draw, to_go in zip(draws, paths.to_go(), strict=True):
             foreseen = draw.cache["log_psi"] - draw.cache["twist"]["value"]
-            target = (to_go - foreseen).nan_to_num(neginf=0.0)  # paths without weight: no matter
-            target = target - weights @ target
-            losses.append(self._loss(draw, target, trust))
+            target = to_go - foreseen
+            target = target - weights @ torch.where(weights > 0, target, 0.0)
+            losses.append(self._loss(draw, target.clamp(min=HOPELESS), weights / seen, trust))
         if self.network is not None:
-            self.descent.minimise(self.network.parameters(), losses, weights)
+            self.descent.minimise(self.network.parameters(), losses, seen)
 
-    def _loss(self, draw: Draw, target: Tensor, trust: float) -> Loss:
-        """The anchored negative log-likelihood of one draw, and the misfit of log psi."""
+    def _loss(self, draw: Draw, target: Tensor, share: Tensor, trust: float) -> Loss:
+        """The anchored negative log-likelihood of one draw, and the misfit of log psi.
+
+        Args:
+            share: what a row counts in the likelihood, given how often it is seen.
+        """
         inputs = self._inputs(draw.before, draw.kernels, *self._seen(draw))
         steered = self._steered(draw)
 
@@ -316,6 +332,7 @@ class ResidualTwist(LearnedTwist):
             if steered is None:
                 return misfit
             likelihood = -steered.take(rows).log_ratio(u)
-            return misfit - trust * likelihood + (1 - trust) * 0.5 * u.square().sum(-1)
+            anchored = (1 - trust) * 0.5 * u.square().sum(-1) - trust * likelihood
+            return misfit + share[rows] * anchored
 
         return loss
