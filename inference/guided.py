@@ -66,8 +66,8 @@ class GuidedProposal(Proposal):
     def latents(self, batch: int, problems: Tensor | None) -> tuple[dict[str, Tensor], Any]:
         with torch.no_grad():
             execution = self.program.execute(_at_start, {}, batch, problems)
-        values = {n: execution.sites[n].value for n in self.program.latents}
-        return values, execution.log_joint(set(values))
+            values = {n: execution.sites[n].value for n in self.program.latents}
+            return values, execution.log_joint(set(values))
 
     def start(self, start: Start) -> Move:
         """x_T from the guide's processes."""
