@@ -139,7 +139,8 @@ def measure_text(folder: Path | None) -> dict[str, Any]:
         "ngram_order": best.order,
     }
     for source in SOURCES:
-        some, whole = pieces("test", source, folder), load_english("test", source, folder)[None]
+        some = pieces("test", source, folder)
+        whole = some.reshape(1, -1)
         loss = validation_loss(network, some, None, objective, draws=DRAWS)
         figures[source] = {
             "bits_per_character": round(_bits(loss), 4),
