@@ -9,6 +9,10 @@
 Needs the texts (see `smcdiff.models.text.read_original`). Writes `models/weights/*.safetensors`,
 the curve `training/text_curve.json`, and with `--measure` `training/text.json`; checkpoints go to
 `--checkpoints`. Nothing is trained on the parts "validation" and "test".
+
+The weights that ship took 22 minutes (names: 2,900 updates) and 66 minutes (text: 3,500 updates) of
+about a quarter of one core. Both were still improving, and counts of short contexts predict single
+characters better (`ngram_bits_per_character`): `--further` goes on.
 """
 
 import argparse
