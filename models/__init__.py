@@ -18,7 +18,6 @@ from .diffusion import Diffusion
 from .flow import Flow
 from .grids import Grid, Schedule
 from .guides import Finetuned, Head, Langevin, LearnedScale, LearnedStart, lora
-from .guides import Finetuned, Head, Langevin, LearnedScale, LearnedStart, lora
 from .markov import MarkovDenoiser
 from .masked import MaskedDiffusion
 from .priors import digit_prior, mnist_prior, name_prior, text_prior
@@ -41,19 +40,14 @@ __all__ = [
     "EnumeratedDenoiser",
     "ExactVelocity",
     "Finetuned",
-    "Finetuned",
     "Flow",
     "FromAlphas",
     "GaussianDenoiser",
     "Grid",
     "Head",
-    "Head",
     "Interpolant",
     "Langevin",
-    "Langevin",
     "LearnedScale",
-    "LearnedScale",
-    "LearnedStart",
     "LearnedStart",
     "LogSNR",
     "MarkovDenoiser",
@@ -70,7 +64,6 @@ __all__ = [
     "contains",
     "digit_prior",
     "ends_with",
-    "lora",
     "lora",
     "mnist_prior",
     "name_prior",
