@@ -7,12 +7,15 @@ import torch
 from . import digits, mnist, text
 from .diffusion import Diffusion
 from .masked import MaskedDiffusion
-from .schedules import VariancePreserving
+from .schedules import Spacing, VariancePreserving
 from .transformer import Transformer
 
 
 def digit_prior(
-    num_steps: int = 100, device: torch.device | str | None = None, **kwargs: Any
+    num_steps: int = 100,
+    device: torch.device | str | None = None,
+    spacing: Spacing = "trailing",
+    **kwargs: Any,
 ) -> Diffusion:
     """Real 8x8 handwritten digits with values in [-1, 1] and shape ``(1, 8, 8)``.
 
@@ -22,15 +25,23 @@ def digit_prior(
     Args:
         num_steps: T.
         device: where the network lives.
+        spacing: which of the noise levels are kept (:class:`VariancePreserving`): ``"karras"`` and
+            ``"quadratic"`` spend more steps where little noise is left, which sharp observations
+            need.
         kwargs: for :class:`Diffusion`, such as ``eta`` or ``variance``.
     """
     settings = {"parameterization": digits.PARAMETERIZATION, "scale": 0.6, **kwargs}
     network = digits.digit_network(device)
-    return Diffusion(network, VariancePreserving(), digits.EVENT_SHAPE, num_steps, **settings)
+    return Diffusion(
+        network, VariancePreserving(spacing=spacing), digits.EVENT_SHAPE, num_steps, **settings
+    )
 
 
 def mnist_prior(
-    num_steps: int = 100, device: torch.device | str | None = None, **kwargs: Any
+    num_steps: int = 100,
+    device: torch.device | str | None = None,
+    spacing: Spacing = "trailing",
+    **kwargs: Any,
 ) -> Diffusion:
     """Handwritten digits (MNIST) with values in [-1, 1] and shape ``(1, 28, 28)``.
 
@@ -40,11 +51,16 @@ def mnist_prior(
     Args:
         num_steps: T.
         device: where the network lives.
+        spacing: which of the noise levels are kept (:class:`VariancePreserving`): ``"karras"`` and
+            ``"quadratic"`` spend more steps where little noise is left, which sharp observations
+            need.
         kwargs: for :class:`Diffusion`, such as ``eta`` or ``variance``.
     """
     settings = {"parameterization": mnist.PARAMETERIZATION, "scale": 0.6, **kwargs}
     network = mnist.mnist_network(device)
-    return Diffusion(network, VariancePreserving(), mnist.EVENT_SHAPE, num_steps, **settings)
+    return Diffusion(
+        network, VariancePreserving(spacing=spacing), mnist.EVENT_SHAPE, num_steps, **settings
+    )
 
 
 def name_prior(

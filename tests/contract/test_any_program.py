@@ -51,7 +51,9 @@ def intermediate(model: Any, guide: Any, **options: Any) -> ParticleMethod:
 
 
 def trust_region(model: Any, guide: Any, **options: Any) -> ParticleMethod:
-    return TrustRegionTwistedSMC(model, num_iterations=1, learning_particles=256, **SIZES, **options)
+    return TrustRegionTwistedSMC(
+        model, num_iterations=1, learning_particles=256, **SIZES, **options
+    )
 
 
 ALGORITHMS: dict[str, Callable[..., ParticleMethod]] = {
