@@ -15,6 +15,7 @@ from .guided import GuidedProposal
 from .learned import LearnedTwist
 from .learned_gaussian import GaussianKernels, QuadraticTwist
 from .learned_joint import JointTwist
+from .learned_power import PowerTwist
 from .learned_residual import ResidualTwist
 from .learned_tokens import TokenTwist
 from .masked_proposals import NestedProposal, RelaxedLikelihood, TiltedTokens
@@ -46,6 +47,7 @@ __all__ = [
     "Noised",
     "OnPolicy",
     "ParticleMethod",
+    "PowerTwist",
     "PriorPaths",
     "Proposal",
     "QuadraticTwist",

@@ -42,7 +42,8 @@ def problem(kind):
         return torch.as_tensor(REWARDS[kind](x.detach().numpy()))
 
     means = torch.tensor([[-4.0], [0.0], [4.0]], dtype=torch.float64)
-    process = Diffusion(MixtureDenoiser(means, 0.5), LogSNR(4.0, -8.0), num_steps=12, variance="exact")
+    schedule = LogSNR(4.0, -8.0)
+    process = Diffusion(MixtureDenoiser(means, 0.5), schedule, num_steps=12, variance="exact")
 
     def model():
         pyro.factor("reward", reward(process("x")[..., 0]))
