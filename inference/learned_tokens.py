@@ -141,6 +141,12 @@ class TokenTwist(LearnedTwist):
     def _logits(self, name: str, s: int, law: Distribution) -> Logits:
         while isinstance(law, torch.distributions.Independent):
             law = law.base_dist
+        if not isinstance(law, torch.distributions.Categorical):
+            raise ValueError(
+                f"process {name!r} at step t = {s + 1}: its transition is a {type(law).__name__}, "
+                "but biases need positions that change independently, each with a categorical law: "
+                "use MaskedDiffusion(reveal='independent')"
+            )
         logits: Tensor = law.logits.double().log_softmax(-1)
         if bool(logits.isnan().any()):
             raise ValueError(

@@ -493,6 +493,14 @@ def test_another_vocabulary(no_type_checks):
         SMC(rewarded(reward, other), twist=learned, proposal=learned).run()
 
 
+def test_positions_that_change_together():
+    table = torch.ones(2, 2, 2)
+    even = MaskedDiffusion(EnumeratedDenoiser(table), 3, 2, num_steps=3, reveal="even")
+    model = rewarded(lambda x: x.sum(-1).float(), even)
+    with pytest.raises(ValueError, match="process 'x' at step t = .*use .*reveal='independent'"):
+        TrustRegionTwistedSMC(model, TokenTwist(), num_iterations=1, num_particles=64).run()
+
+
 def test_another_size(no_type_checks):
     made = method(gaussian(2))
     made.learn()
