@@ -63,8 +63,8 @@ def test_a_learned_twist_finds_what_is_rare(kind):
     pyro.set_rng_seed(0)
     method = TrustRegionTwistedSMC(
         model,
-        ResidualTwist(width=32, descent=Descent(100, 128, 4, 1e-2)),
-        num_iterations=4,
+        ResidualTwist(width=32, descent=Descent(100, 128, None, 1e-2)),
+        num_iterations=5,
         learning_particles=500,
         num_particles=50,
         num_runs=60,
