@@ -64,7 +64,7 @@ class DenoisedLikelihood(Twist):
             observations are linear; a scalar one may well be too narrow for data that is not
             Gaussian).
         damping: the power of R_t^2 above; 0 for none (None: 0.5, and 0 for Gaussian observations
-            through an exact denoiser).
+            where the denoiser is exact or its Jacobian is used).
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class DenoisedLikelihood(Twist):
             spread = self._spread(view, matrix, seen, slope, noise)
             factor = torch.linalg.cholesky(spread)
             likelihood, solved = log_normal(seen.residual, factor)
-            power = self._power(view, 0.0 if self.closed else DAMPING)
+            power = self._power(view, 0.0 if self._by_slope or self.closed else DAMPING)
             solved = power * solved.detach()
             log_psi = log_psi + power * likelihood  # differentiable in the latents: rejuvenation
             if self._curved:

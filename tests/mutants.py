@@ -64,7 +64,8 @@ def moves(name: str, before: str, after: str, *tests: str) -> Mutant:
     return Mutant(f"rejuvenation: {name}", "inference/rejuvenation.py", before, after, tests)
 
 
-INCREMENT = 'increment = after["log_psi"] - cache["log_psi"] - cache.get("prepaid", 0.0)'
+INCREMENT = 'increment = after["log_psi"] - cache["log_psi"]'
+RETURN = 'increment = self.settings.exponent * increment - cache.get("prepaid", 0.0)'
 
 MUTANTS = (
     # the weights
@@ -198,13 +199,11 @@ MUTANTS = (
     # paying before the draw
     engine(
         "prepaid: payment",
-        "paid = state.log_weights + prepaid.reshape(self.axes)",
+        'paid = state.log_weights + cache["prepaid"].reshape(self.axes)',
         "paid = state.log_weights",
         PREPAID,
     ),
-    engine(
-        "prepaid: return", INCREMENT, INCREMENT.replace(' - cache.get("prepaid", 0.0)', ""), PREPAID
-    ),
+    engine("prepaid: return", RETURN, RETURN.replace(' - cache.get("prepaid", 0.0)', ""), PREPAID),
     engine(
         "prepaid: gather",
         "state = replace(state, log_weights=paid, cache=self._unflatten(cache))",

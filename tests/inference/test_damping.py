@@ -30,10 +30,10 @@ def observed(prior):
     return model
 
 
-def log_twists(model, steps, **options):
+def log_twists(model, steps, covariance="scalar", **options):
     """log psi along the same bootstrap paths, from T down."""
     pyro.set_rng_seed(3)
-    twist = DenoisedLikelihood(num_draws=0, gradient=False, **options)
+    twist = DenoisedLikelihood(covariance, num_draws=0, gradient=False, **options)
     method = SMC(model, twist=twist, num_particles=5, ess_threshold=0.0)
     states = method.iterate()
     return torch.stack([next(states).log_weights[0] for _ in range(steps)])
@@ -59,13 +59,15 @@ def test_log_twist_is_scaled_by_what_the_state_explains(kind, damping):
 
 def test_usual_damping():
     network, exact = digit_prior(12), EXACT
-    for model, usual in (
-        (kinked(network, 3), 0.5),
-        (kinked(exact, 1), 0.5),
-        (observed(network), 0.5),
-        (observed(exact), 0.0),  # linear and Gaussian: exact as it is
+    for model, covariance, usual in (
+        (kinked(network, 3), "scalar", 0.5),
+        (kinked(exact, 1), "scalar", 0.5),
+        (observed(network), "scalar", 0.5),
+        (observed(network), "jacobian", 0.0),
+        (observed(exact), "jacobian", 0.0),  # linear and Gaussian: exact as it is
     ):
-        assert torch.equal(log_twists(model, 12), log_twists(model, 12, damping=usual))
+        usually = log_twists(model, 12, covariance)
+        assert torch.equal(usually, log_twists(model, 12, covariance, damping=usual))
 
 
 @pytest.mark.parametrize("damping", [-0.5, float("nan")])

@@ -332,7 +332,12 @@ def test_one_particle_knows_the_evidence_through_a_raw_network(covariance: Any) 
     exact = Diffusion(GaussianDenoiser(MEAN, 0.7), EDM(), num_steps=STEPS)
     torch.testing.assert_close(moments(prior), moments(exact), rtol=1e-9, atol=1e-12)
     method = TwistedSMC(
-        observe(prior), covariance=covariance, proposal="conjugate", num_particles=1, num_runs=10
+        observe(prior),
+        covariance=covariance,
+        proposal="conjugate",
+        damping=0.0,
+        num_particles=1,
+        num_runs=10,
     )
     *_, last = method.iterate()
     assert float(last.log_evidence.std()) < 1e-9

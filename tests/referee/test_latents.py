@@ -239,7 +239,8 @@ def test_latent_downstream_of_the_process(method):
 
 def test_downstream_weight_is_the_evidence_given_the_latent():
     """log w = log p(y, z) - log q(z): the twist sees z as one more observation of x."""
-    method = TwistedSMC(downstream, num_particles=20, num_runs=2, ess_threshold=0.0)
+    size = {"num_particles": 20, "num_runs": 2}
+    method = TwistedSMC(downstream, damping=0.0, ess_threshold=0.0, **size)
     states = list(method.iterate())
     z = states[0].latents["z"]
     log_joint = log_normal(z, 0.5, 1.44 + 1.5**2) + log_normal(3.0, z, 0.64)
