@@ -100,7 +100,7 @@ class Pair:
             if not bool(ratio.isfinite().all()):
                 return (
                     f"the guide's transition at step t = {t} has log-probability "
-                    f"{float(ratio[~ratio.isfinite()][0].detach())}: lower its learning rate, or clip"
+                    f"{ratio[~ratio.isfinite()].tolist()[0]}: lower its learning rate, or clip"
                 )
         if not bool(walked.at_start.isfinite().all()):
             return "the guide's start or latents have no finite log-probability"
