@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from .datasets import data_roots
 from .digits import finish, read_weights
 from .networks import UNet
 
@@ -104,13 +105,7 @@ def find_original(name: str, path: str | os.PathLike[str] | None = None) -> Path
 
 def data_folders(path: str | os.PathLike[str] | None = None) -> Iterator[Path]:
     """Where to look, best first."""
-    if path is not None:
-        roots = [Path(path)]
-    else:
-        named = os.environ.get("SMCDIFF_DATA")
-        beside = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
-        roots = [*([Path(named)] if named else []), Path(os.path.normpath(beside))]
-    for root in roots:
+    for root in data_roots(path):
         yield from (root, root / "mnist", root / "MNIST" / "raw")
 
 

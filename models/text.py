@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from .datasets import data_roots
 from .digits import finish, read_weights
 from .transformer import Transformer
 
@@ -197,7 +198,7 @@ def read_original(name: str, path: str | os.PathLike[str] | None = None) -> str:
         ValueError: the file is not the original one.
     """
     checksum, origin = FILES[name]
-    candidates = [root / part for root in roots(path) for part in (name, Path(name).name)]
+    candidates = [root / part for root in data_roots(path) for part in (name, Path(name).name)]
     file = next((each for each in candidates if each.is_file()), None)
     if file is None:
         raise FileNotFoundError(
@@ -213,16 +214,6 @@ def read_original(name: str, path: str | os.PathLike[str] | None = None) -> str:
             f"download it again from {origin}"
         )
     return content.decode("utf-8")
-
-
-def roots(path: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """Where to look, best first."""
-    if path is not None:
-        yield Path(path)
-        return
-    if os.environ.get("SMCDIFF_DATA"):
-        yield Path(os.environ["SMCDIFF_DATA"])
-    yield Path(os.path.normpath(Path(__file__).resolve().parents[1] / ".." / "shared" / "data"))
 
 
 def check_part(part: str) -> None:

@@ -11,7 +11,7 @@ import pyro
 import pytest
 import torch
 
-from smcdiff.models import digits, mnist, mnist_prior
+from smcdiff.models import datasets, digits, mnist, mnist_prior
 from smcdiff.models.mnist import (
     MnistClassifier,
     find_original,
@@ -57,7 +57,7 @@ def test_missing_files_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(FileNotFoundError, match=r"download the four files train-images.*set the"):
         load_mnist("train", tmp_path)
     monkeypatch.setenv("SMCDIFF_DATA", str(tmp_path))
-    monkeypatch.setattr(mnist, "__file__", str(tmp_path / "models" / "mnist.py"))
+    monkeypatch.setattr(datasets, "__file__", str(tmp_path / "models" / "datasets.py"))
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         load_mnist("test")
 

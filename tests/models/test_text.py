@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smcdiff.models import MarkovDenoiser, contains, name_prior, text, text_prior
+from smcdiff.models import MarkovDenoiser, contains, datasets, name_prior, text, text_prior
 from smcdiff.models.masked_objective import MaskedObjective
 from smcdiff.models.objectives import validation_loss
 from smcdiff.models.text import (
@@ -122,7 +122,7 @@ def test_missing_files_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(FileNotFoundError, match=match):
         load_names("train", tmp_path)
     monkeypatch.setenv("SMCDIFF_DATA", str(tmp_path))
-    monkeypatch.setattr(text, "__file__", str(tmp_path / "models" / "text.py"))
+    monkeypatch.setattr(datasets, "__file__", str(tmp_path / "models" / "datasets.py"))
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         load_english("train", "wikipedia")
 

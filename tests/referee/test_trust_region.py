@@ -13,33 +13,10 @@ from smcdiff.models import Diffusion, FromAlphas, GaussianDenoiser
 
 from .checks import BOUND, assert_zero_variance, z_of_evidence, z_score
 from .closed_forms import Affine, alphas, exact_kernel, noised, normal
+from .five_steps import TWISTED, TWISTS
 
 DATA, LEVELS, LOG_Z = normal(0.5, [[1.44]]), alphas(), -1.6211919184
 TARGET, WIDTH = 2.0, 0.5
-PRINTED = {  # log psi_t = -a x^2 / 2 + b x + c
-    0: (4.0, 8.0, -8.0),
-    1: (3.25726673, 6.52363830, -6.62520789),
-    2: (2.33024847, 4.69002622, -4.95689246),
-    3: (1.39722603, 2.86723381, -3.37945591),
-    4: (0.70182334, 1.54487272, -2.35117672),
-    5: (0.30113933, 0.80138108, -1.87900174),
-}
-WHOLE = {  # slope, offset and variance of the optimal transitions out of x_t; 6: the start
-    6: (0.0, 0.83835412, 0.82505385),
-    5: (0.55717037, 0.71850569, 0.39397895),
-    4: (0.57257864, 0.79171443, 0.24856874),
-    3: (0.63372645, 0.71220834, 0.14170554),
-    2: (0.73186837, 0.52978415, 0.07714570),
-    1: (0.82270714, 0.35228605, 0.04220399),
-}
-PARTLY = {  # the same at beta = .301023, where the first step with epsilon = .5 ends
-    6: (0.0, 0.68428407, 0.89479019),
-    5: (0.62396487, 0.54075459, 0.44120979),
-    4: (0.69053433, 0.53206714, 0.29977585),
-    3: (0.78739044, 0.39687597, 0.17606586),
-    2: (0.87703737, 0.23760655, 0.09244786),
-    1: (0.93277291, 0.13184685, 0.04785024),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -104,10 +81,10 @@ def twisted(table, size=1):
 
 def test_coefficients_are_the_printed_ones():
     for t, (a, b) in coefficients().items():
-        assert (a, b) == pytest.approx(PRINTED[t][:2], abs=1e-8)
+        assert (a, b) == pytest.approx(TWISTS[t][:2], abs=1e-8)
 
 
-@pytest.mark.parametrize(("beta", "printed"), [(1.0, WHOLE), (0.301023, PARTLY)])
+@pytest.mark.parametrize(("beta", "printed"), TWISTED.items())
 def test_twisted_transitions_are_the_printed_ones(beta, printed):
     table = coefficients(beta)
     for t, own in kernels().items():
@@ -127,7 +104,7 @@ def test_bellman():
     for t in range(1, 6):
         paid = twist.prepay(t, {"x": x}, {"x": process.kernel(x, t)}, {})
         assert float(paid.max() - paid.min()) < 1e-13
-        assert float(paid[0]) == pytest.approx(PRINTED[t][2] - PRINTED[t - 1][2], abs=2e-8)
+        assert float(paid[0]) == pytest.approx(TWISTS[t][2] - TWISTS[t - 1][2], abs=2e-8)
 
 
 @pytest.mark.parametrize(("particles", "threshold"), [(1, 0.5), (3, 1.0), (5, 0.0)])
@@ -178,6 +155,7 @@ def learned_kernels(twist):
 @pytest.mark.parametrize("family", [GaussianKernels, QuadraticTwist])
 def test_one_step_is_the_printed_row(family):
     """Weighted regression on paths of the prior, within the error seen over repetitions."""
+    partly = TWISTED[0.301023]  # where the first step with epsilon = .5 ends
     pyro.set_rng_seed(1)
     taus, rows = [], []
     for _ in range(16):
@@ -186,10 +164,10 @@ def test_one_step_is_the_printed_row(family):
             program(), twist, epsilon=0.5, num_iterations=1, num_particles=5000
         )
         taus.append(float(method.learn()[0].tau[0]))
-        rows.append([value for t in PARTLY for value in learned_kernels(twist)[t]])
+        rows.append([value for t in partly for value in learned_kernels(twist)[t]])
     assert abs(z_score(torch.tensor(taus), 0.301023)) < BOUND
     found = torch.tensor(rows)
-    expected = torch.tensor([value for t in PARTLY for value in PARTLY[t]])
+    expected = torch.tensor([value for t in partly for value in partly[t]])
     moving = found.std(0) > 0  # the start has no slope
     z = (found.mean(0) - expected)[moving] / (found.std(0)[moving] / 16**0.5)
     assert float(z.abs().max()) < BOUND
@@ -247,7 +225,7 @@ def test_learned_twists_obey_bellman():
     x = torch.linspace(0.0, 2.5, 50)[:, None]
     for t in range(1, 6):
         paid = twist.prepay(t, {"x": x}, {"x": process.kernel(x, t)}, {})
-        optimal = PRINTED[t][1] * x - 0.5 * PRINTED[t][0] * x**2
+        optimal = TWISTS[t][1] * x - 0.5 * TWISTS[t][0] * x**2
         assert float(paid.std()) < 0.05 * float(optimal.std())
 
 
