@@ -73,18 +73,21 @@ class GuidedProposal(Proposal):
         """x_T from the guide's processes."""
         laws: dict[str, Distribution] = {}
         draws: dict[str, Tensor] = {}
+        members = self._split(self.model, start.draws)
 
         def state(statement: Statement) -> Tensor:
-            law = statement.process.initial(**statement.context)
-            laws[statement.name] = law if is_deterministic(law) else law.expand(statement.batch)
-            draws[statement.name] = draw(law, statement.batch)
-            return placeholder(statement, draws[statement.name])
+            name, process = statement.name, statement.process
+            law = process.initial(**statement.context)
+            laws[name] = law if is_deterministic(law) else law.expand(statement.batch)
+            like = members[process.members(name)[0]]
+            draws[name] = draw(law, statement.batch).to(like.dtype)
+            return placeholder(statement, draws[name])
 
         batch = len(next(iter(start.draws.values())))
         latents = {n: start.latents[n] for n in self.program.latents}
         with torch.no_grad():
             self.program.execute(state, latents, batch, start.problems)
-        return self._score(start.laws, laws, draws, start.draws)
+        return self._score(start.laws, laws, draws)
 
     def observe(self, view: View) -> Tree:
         """Evaluates the guide's processes, on top of the model's network outputs if they can."""
@@ -120,14 +123,13 @@ class GuidedProposal(Proposal):
         for name, law in laws.items():
             like = members[self.program.processes[name].members(name)[0]]
             draws[name] = sample_as(law, like)
-        return self._score({n: k.law for n, k in kernels.items()}, laws, draws, x)
+        return self._score({n: k.law for n, k in kernels.items()}, laws, draws)
 
     def _score(
         self,
         model_laws: dict[str, Distribution],
         guide_laws: dict[str, Distribution],
         draws: dict[str, Tensor],
-        like: dict[str, Tensor],
     ) -> Move:
         """The draws as the model's states, and log p - log q."""
         members = self._split(self.program, draws)
@@ -136,14 +138,14 @@ class GuidedProposal(Proposal):
             for name, process in self.model.processes.items()
         }
         laws = (*model_laws.values(), *guide_laws.values())
-        if set(model_laws) == set(guide_laws) or all(is_deterministic(law) for law in laws):
-            pairs = zip(model_laws.items(), guide_laws.values(), strict=False)
-            ratios = [log_ratio(law, other, x[n]) for (n, law), other in pairs]
+        if set(model_laws) == set(guide_laws):
+            ratios = [log_ratio(law, guide_laws[n], x[n]) for n, law in model_laws.items()]
+        elif all(is_deterministic(law) for law in laws):
+            ratios = [log_ratio(law, law, x[n]) for n, law in model_laws.items()]
         else:
             ratios = [log_density(law, x[n]) for n, law in model_laws.items()]
             ratios += [-log_density(law, draws[n]) for n, law in guide_laws.items()]
-        total = torch.stack(ratios).sum(0)
-        return Move({n: v.to(like[n].dtype) for n, v in x.items()}, total)
+        return Move(x, torch.stack(ratios).sum(0))
 
     def _shared(self, process: Process, view: View) -> Tree | None:
         """The model's evaluation that this guide process builds on, if there is one."""

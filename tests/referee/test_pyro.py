@@ -195,6 +195,10 @@ def only(prior, name):
     return lambda: prior(name)
 
 
+def in_another_order(first, second):
+    return lambda: (first("b"), second("a"))
+
+
 def tilt(x, t, denoised):
     return torch.tensor([0.1, 0.0, 0.4, -0.2]).expand(*x.shape, 4)
 
@@ -215,6 +219,10 @@ CASES = {
     "own latents": (seen_by_latents(process()), None),
     "downstream, proposed": (downstream(process()), latent_beside(Controlled(process(), drift))),
     "tokens": (tokens(MASKED := masked()), only(Controlled(MASKED, tilt), "x")),
+    "two, guided in another order": (
+        pair(process(), process(dim=2)),
+        in_another_order(Controlled(process(dim=2), drift), process()),
+    ),
     "two, guided by a team": (pair(process(), process(dim=2)), only(agents(), "ab")),
     "a team, guided by a team": (
         lambda: pair(*(lambda _, x=x: x for x in TEAM("ab").values()))(),
