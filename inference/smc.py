@@ -3,8 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from jaxtyping import Float64
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from smcdiff.particles import Particles
@@ -51,6 +54,32 @@ class ParticleMethod(ABC):
         """Yields the particles at t = T, ..., 0."""
         yield from self.engine(*args, **kwargs).iterate()
 
+    def log_psi(
+        self,
+        t: int,
+        x: Mapping[str, Tensor],
+        *args: Any,
+        latents: Mapping[str, Tensor] = MappingProxyType({}),
+        **kwargs: Any,
+    ) -> Float64[Tensor, " particle"]:
+        r"""The look-ahead :math:`\log \psi_t(x_t)` of ``model(*args, **kwargs)``, to be looked at.
+
+        At t = 0 it is the program's own log-density. What a twist remembers of earlier steps, as
+        that of Feynman-Kac steering does, counts as unseen.
+
+        Args:
+            t: the step, from 0 to T.
+            x: states by process, with shape ``(particle, *plates, *event)``.
+            latents: the program's ordinary latents, with as many rows.
+
+        Raises:
+            ValueError: t, a name or a number of rows does not fit the program, or the program holds
+                several problems.
+        """
+        engine = self.engine(*args, **kwargs)
+        _check_states(engine.program, t, x, latents)
+        return engine.evaluator.look(t, dict(x), dict(latents), {}, None)["log_psi"]
+
     def run(
         self,
         *args: Any,
@@ -82,6 +111,24 @@ class ParticleMethod(ABC):
                     state.save(checkpoint)
         assert state is not None
         return Posterior(state, engine.program, type(self).__name__, self.settings.resampler)
+
+
+def _check_states(
+    program: Program, t: int, x: Mapping[str, Tensor], latents: Mapping[str, Tensor]
+) -> None:
+    """Refuses states that are not those of the program."""
+    if not 0 <= t <= program.num_steps:
+        raise ValueError(f"t must be between 0 and num_steps = {program.num_steps}, got {t}")
+    if program.num_problems is not None:
+        raise ValueError("log_psi looks at one problem: build the method without per_problem")
+    if x.keys() != program.processes.keys() or latents.keys() != program.latents.keys():
+        raise ValueError(
+            f"log_psi needs the processes {sorted(program.processes)} in x and the latents "
+            f"{sorted(program.latents)}, got {sorted(x)} and {sorted(latents)}"
+        )
+    sizes = {name: len(value) for name, value in {**x, **latents}.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"all values need one row per particle, got {sizes}")
 
 
 class NoTwist(Twist):

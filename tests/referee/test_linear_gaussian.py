@@ -48,6 +48,29 @@ def program(prior, scale=0.5):
     return model
 
 
+def test_log_psi_is_the_printed_one():
+    method = TwistedSMC(program(chain()), covariance="jacobian")
+    x = torch.tensor([[0.0], [1.0]])
+    for t, (*_, at_zero, at_one) in TWISTS.items():
+        found = (method.log_psi(t, {"x": x}) + CONSTANT).exp()
+        assert found.tolist() == pytest.approx([at_zero, at_one], abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("t", "states", "latents", "match"),
+    [
+        (6, {"x": (2, 1)}, {}, "t must be between 0 and num_steps = 5, got 6"),
+        (1, {"z": (2, 1)}, {}, r"needs the processes \['x'\] in x"),
+        (1, {"x": (2, 1)}, {"scale": (2,)}, r"the latents \[\], got \['x'\] and \['scale'\]"),
+    ],
+)
+def test_log_psi_refuses_what_is_no_state(t, states, latents, match):
+    method = TwistedSMC(program(chain()))
+    x, latents = ({n: torch.zeros(s) for n, s in each.items()} for each in (states, latents))
+    with pytest.raises(ValueError, match=match):
+        method.log_psi(t, x, latents=latents)
+
+
 def proposed(prior, method):
     """A, B and V of every move and of the start (6), read off the densities of a run's draws.
 
