@@ -86,10 +86,12 @@ def _check_shape(site: Site, value: Tensor) -> None:
 
 
 def check_particles_apart(rerun: Rerun, together: Execution) -> None:
-    """Three particles run jointly and alone must agree, site by site."""
+    """Three particles run jointly and alone must agree, statement by statement."""
     values = together.values()
     for i in range(CHECKED):
         alone = rerun({n: v[i : i + 1] for n, v in values.items()})
+        for name, statement in together.statements.items():
+            _check_context_apart(statement, alone.context(name), i)
         for name in together.sites:
             if name not in alone.sites:
                 raise ValueError(f"site {name!r} appears for some particles only")
@@ -101,6 +103,28 @@ def check_particles_apart(rerun: Rerun, together: Execution) -> None:
                     "dimensions only (as in x.mean(-1)), and declare data of several problems "
                     "with per_problem"
                 )
+
+
+def _check_context_apart(statement: Statement, alone: Mapping[str, Any], i: int) -> None:
+    """What a process is given for particle i must be the same when that one is alone."""
+    for key, joint in statement.context.items():
+        rows = isinstance(joint, Tensor) and joint.shape != alone[key].shape
+        if not _alike(joint[i : i + 1] if rows else joint, alone[key]):
+            raise ValueError(
+                f"process {statement.name!r}: its context {key!r} mixes particles, or is random: "
+                f"it is another one when {CHECKED} particles run together than alone. Give a "
+                "tensor with one row per particle: no mean over them, no .item(), no dict of them"
+            )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two contexts are the same, up to rounding."""
+    (leaves, form), (others, other_form) = flatten_tree(one), flatten_tree(other)
+    return form == other_form and all(
+        leaf.shape == others[key].shape
+        and torch.allclose(leaf.double(), others[key].double(), 1e-3, 1e-6, equal_nan=True)
+        for key, leaf in leaves.items()
+    )
 
 
 def check_networks_apart(together: Execution) -> None:

@@ -399,6 +399,20 @@ def test_program_that_mixes_particles(reward):
     refused("site 'reward' mixes particles", rewarded(reward))
 
 
+@pytest.mark.parametrize(
+    "context",
+    [lambda z: z.mean(), lambda z: z - z.mean(), lambda z: z.sum().item(), lambda z: {"z": z}],
+    ids=["mean of all", "centred", "number", "dict"],
+)
+def test_context_that_mixes_particles(context):
+    process = network(lambda x, time, label: x)
+
+    def model():
+        process("x", label=context(pyro.sample("z", dist.Normal(0.0, 1.0))))
+
+    refused("process 'x': its context 'label' mixes particles", model)
+
+
 def sine(x):
     return torch.as_tensor(np.sin(x.numpy()).sum(-1))
 
