@@ -21,8 +21,8 @@ from smcdiff.twist import Twist, TwistValue, View
 
 from .denoised import DenoisedLikelihood
 from .learned import Draw, LearnedTwist, Paths
-from .learned_residual import steered
 from .proposals import Move, Start, TwistedKernel
+from .steered import steered
 
 TINY = 1e-12  # a Gaussian to the power 0 has no finite covariance
 

@@ -13,7 +13,6 @@ own transition).
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Float64
@@ -26,8 +25,9 @@ from smcdiff.twist import Twist, TwistValue, View
 
 from .descent import Descent, Loss
 from .learned import Draw, LearnedTwist, Paths
-from .linear_gaussian import Covariance, LocalTwist, TwistedStep, law_covariance, stack
+from .linear_gaussian import Covariance, stack
 from .proposals import Move, Start, TwistedKernel
+from .steered import Steered, steerable, steered
 
 TIMES = 4  # features of t
 HOPELESS = -20.0  # of log psi below the average: what is further down need not be told apart
@@ -69,64 +69,6 @@ class ResidualHead(nn.Module):
         """Fixes what is subtracted from the inputs, and what they are divided by."""
         self.centre.copy_(inputs.mean(0))
         self.scale.copy_(inputs.std(0).clamp(min=1e-3))
-
-
-@dataclass(frozen=True)
-class Steered:
-    """One recorded draw under the analytic proposal, to be scored under any residual.
-
-    Attributes:
-        noise: the draw as an offset from the kernel's mean.
-        covariance: V.
-        local: the analytic look-ahead.
-    """
-
-    noise: Float64[Tensor, "path d"]
-    covariance: Covariance
-    local: LocalTwist
-
-    def take(self, rows: Tensor) -> "Steered":
-        """Some of the paths."""
-
-        def cut(part: Tensor | None) -> Tensor | None:
-            return part if part is None or len(part) == 1 else part[rows]
-
-        diagonal, local = cut(self.covariance.diagonal), self.local
-        assert diagonal is not None
-        return Steered(
-            self.noise[rows],
-            Covariance(diagonal, cut(self.covariance.factor)),
-            LocalTwist(local.direction[rows], *map(cut, (local.slope, local.noise, local.total))),
-        )
-
-    def log_ratio(self, u: Float64[Tensor, "path d"] | float = 0.0) -> Float64[Tensor, " path"]:
-        """log p - log q."""
-        direction = self.local.direction + u / self.covariance.diagonal.sqrt()
-        local = replace(self.local, direction=direction)
-        return TwistedStep(self.covariance, local).log_ratio(self.noise)
-
-
-def steerable(
-    names: Sequence[str], kernels: Mapping[str, Kernel], x: Mapping[str, Tensor]
-) -> Covariance | None:
-    """V of some processes, where there is something to steer; None elsewhere."""
-    laws = {n: kernels[n].law for n in names}
-    alike = all(law.mean.shape == x[n].shape for n, law in laws.items())
-    return law_covariance(laws) if alike else None
-
-
-def steered(names: Sequence[str], draw: Draw, twist: Tree) -> Steered | None:
-    """What an analytic twist makes of a draw; None where nothing is steered."""
-    covariance = steerable(names, draw.kernels, draw.before)
-    if covariance is None:
-        return None
-    means = stack({n: draw.laws[n].mean for n in names})
-    noise = stack({n: draw.after[n] for n in names}) - means
-    direction = twist.get("direction", torch.zeros_like(noise))
-    local = LocalTwist(direction)
-    if "slope" in twist:
-        local = LocalTwist(direction, twist["slope"], twist["noise"], twist.get("total"))
-    return Steered(noise, covariance, local)
 
 
 class ResidualTwist(LearnedTwist):
