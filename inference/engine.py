@@ -32,6 +32,7 @@ from smcdiff.weights import check_log_weights, effective_sample_size, normalise
 from .evaluation import Evaluator
 from .proposals import Proposal, Start
 from .rejuvenation import Rejuvenation
+from .streams import restore_streams, stream_states
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class Engine:
             state = self.start()
             yield state
         while state.t > 0:
-            restore_rng(state)
+            if state.rng is not None:
+                restore_streams(state.rng, state.log_weights.device)
             state = self.step(state)
             yield state
 
@@ -127,10 +129,11 @@ class Engine:
                 f"axes {self.axes} and processes {sorted(self.program.processes)}: resume with the "
                 "program and settings that it was started with"
             )
-        if state.t > self.program.num_steps:
+        started = state.history[0].t if state.history else state.t
+        if started != self.program.num_steps:
             raise ValueError(
-                f"the saved run stands at t = {state.t}, beyond this program's "
-                f"{self.program.num_steps}"
+                f"the saved run has {started} steps, but this program {self.program.num_steps}: "
+                "resume with the processes that it was started with"
             )
 
     # ------------------------------------------------------------------------------------ t = T
@@ -322,9 +325,7 @@ class Engine:
             calls=self.evaluator.take_calls(),
             acceptance=acceptance,
         )
-        rng = {"cpu": torch.get_rng_state()}
-        if state.log_weights.is_cuda:
-            rng["cuda"] = torch.cuda.get_rng_state(state.log_weights.device)
+        rng = stream_states(state.log_weights.device)
         return replace(state, history=(*state.history, step), rng=rng)
 
     def _flatten(self, tree: Tree) -> Tree:
@@ -332,14 +333,6 @@ class Engine:
 
     def _unflatten(self, tree: Tree) -> Tree:
         return map_tree(lambda leaf: leaf.reshape(*self.axes, *leaf.shape[1:]), tree)
-
-
-def restore_rng(state: Particles) -> None:
-    """Puts torch's random stream where it was when the state was made."""
-    if state.rng is not None:
-        torch.set_rng_state(state.rng["cpu"])
-        if "cuda" in state.rng:
-            torch.cuda.set_rng_state(state.rng["cuda"], state.log_weights.device)
 
 
 def _count_roots(roots: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor, distributed
 from smcdiff.particles import map_tree
 from smcdiff.process import Tree, is_deterministic
 
+from .streams import restore_streams, stream_states
+
 
 def place() -> tuple[int, int]:
     """This process's rank, and how many there are: 0 and 1 without torch.distributed."""
@@ -79,12 +81,12 @@ def same_everywhere(tensors: Iterable[Tensor]) -> None:
         distributed.broadcast(tensor.data, 0)
 
 
-def same_stream() -> None:
-    """Gives all processes the first one's random stream."""
+def same_streams(device: torch.device) -> None:
+    """Gives all processes the first one's random streams."""
     if place()[1] > 1:
-        state = torch.get_rng_state()
-        distributed.broadcast(state, 0)
-        torch.set_rng_state(state)
+        states = [stream_states(device)]
+        distributed.broadcast_object_list(states)  # the streams' states are on the CPU always
+        restore_streams(states[0], device)
 
 
 @contextmanager

@@ -312,6 +312,8 @@ class RelativeTrajectoryBalance:
             pair = Pair(self.model, self.guide, args, kwargs, self.per_problem)
             if self.pair is None:
                 self._begin(pair)
+        if self.pair is None:
+            ranks.same_streams(pair.model.device)
         self.pair, self._arguments = pair, given
         return pair
 
@@ -325,11 +327,10 @@ class RelativeTrajectoryBalance:
                 "(Controlled), or with a copy of the network (Finetuned)"
             )
         if self.evidence == "learned":
-            self.log_z = LogZ(pair.model.num_problems or 1)
+            self.log_z = LogZ(pair.model.num_problems or 1).to(pair.model.device)
         if self.log_z is not None:
             self.evidence_optim = torch.optim.Adam(self.log_z.parameters(), self.evidence_rate)
         ranks.same_everywhere([*leaves.values(), *self._own_parameters()])
-        ranks.same_stream()
 
     def _check(self) -> None:
         if isinstance(self.evidence, str) and self.evidence not in ("learned", "vargrad"):

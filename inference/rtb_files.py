@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from smcdiff.particles import Calls, load_tree, save_tree
+from smcdiff.particles import Calls, load_tree, map_tree, save_tree
 
 from . import ranks
+from .streams import restore_streams, stream_states
 
 if TYPE_CHECKING:
     from .pair import Pair
@@ -33,7 +32,7 @@ def write(rtb: "RelativeTrajectoryBalance", path: str | Path) -> None:
         "buffers": [buffer.as_tree() for buffer in rtb.buffers],
         "history": [vars(update) for update in rtb.history],
         "calls": vars(rtb.calls),
-        "rng": torch.get_rng_state(),
+        "rng": stream_states(pair.model.device),
     }
     save_tree(path, tree, FORMAT)
 
@@ -55,9 +54,9 @@ def read(rtb: "RelativeTrajectoryBalance", path: str | Path, pair: "Pair") -> No
         rtb.log_z.load_state_dict(tree["log_z"])
         rtb.evidence_optim.load_state_dict(_numbered(tree["evidence_optim"]))
     for buffer, content in zip(rtb.buffers, tree["buffers"], strict=True):
-        buffer.from_tree(content)
+        buffer.from_tree(map_tree(lambda v: v.to(pair.model.device), content))
     rtb.restore(tree["history"], Calls(**tree["calls"]))
-    torch.set_rng_state(tree["rng"])
+    restore_streams(tree["rng"], pair.model.device)
 
 
 def about(rtb: "RelativeTrajectoryBalance", pair: "Pair") -> dict[str, Any]:

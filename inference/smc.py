@@ -100,7 +100,7 @@ class ParticleMethod(ABC):
         engine = self.engine(*args, **kwargs)
         start = None
         if resume and checkpoint is not None and Path(checkpoint).exists():
-            start = Particles.load(checkpoint)
+            start = Particles.load(checkpoint, engine.program.device)
             engine.accept(start)
         state = start
         with tqdm(total=engine.program.num_steps, disable=not progress, unit="step") as bar:

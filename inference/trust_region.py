@@ -37,6 +37,7 @@ from .learned_joint import JointTwist
 from .proposals import Proposal
 from .replay import PerPath, Pool
 from .smc import ParticleMethod
+from .streams import restore_streams, stream_states
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -281,18 +282,19 @@ class TrustRegionTwistedSMC(ParticleMethod):
             "learned": self.learned.tensors(),
             "iterations": [dict(vars(i), calls=vars(i.calls)) for i in self.iterations],
             "pool": pool.as_tree() if self.replay else [],
-            "rng": torch.get_rng_state(),
+            "rng": stream_states(pool.evaluator.program.device),
         }
         save_tree(path, tree, FORMAT)
 
     def _resume(self, path: str | Path, pool: Pool) -> None:
-        tree = load_tree(path, FORMAT)
+        device = pool.evaluator.program.device
+        tree = load_tree(path, FORMAT, device)
         self.learned.restore(tree["learned"])
         self.iterations = [
             Iteration(**{**i, "calls": Calls(**i["calls"])}) for i in tree["iterations"]
         ]
         pool.from_tree(tree["pool"], self.learned)
-        torch.set_rng_state(tree["rng"])
+        restore_streams(tree["rng"], device)
 
 
 def _in_words(made: Iteration) -> str:

@@ -67,6 +67,7 @@ class Program:
         self.num_steps = self._common_steps()
         with torch.no_grad():
             together = self.execute(stand_in, {}, CHECKED)
+            self.device = next(iter(together.states.values())).device
             check_particles_apart(self.rerun, together)
             check_networks_apart(together)
             self.sources, self.likelihoods = find_dependencies(self.rerun, together)

@@ -1,7 +1,7 @@
 """Relative trajectory balance: what it refuses, remembers and shares; guides and behaviours."""
 
-import socket
 import sys
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -9,7 +9,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Importance, Predictive, Trace_ELBO
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 
 from smcdiff.inference import (
     SMC,
@@ -45,6 +45,8 @@ from smcdiff.models import (
     lora,
 )
 from smcdiff.models.networks import UNet
+
+from ..torchrun import torchrun
 
 Y = torch.tensor([0.4, -1.0])
 SHORT = VariancePreserving([0.4, 0.7])
@@ -707,10 +709,10 @@ def test_what_is_drawn_between_updates_is_the_users():
     assert [other.step(Y.clone()) for _ in range(3)] == first
 
 
-def joint(folder=None):
+def joint(folder=None, seed=3):
     torch.set_default_dtype(torch.float64)
     pyro.clear_param_store()
-    pyro.set_rng_seed(3)
+    pyro.set_rng_seed(seed)
     prior, buffer = network(), ReplayBuffer(50)
     rtb = balance(
         with_latents(prior),
@@ -723,21 +725,15 @@ def joint(folder=None):
     return rtb
 
 
-def train_in_one_of_two(rank, port, folder):
-    address = f"tcp://127.0.0.1:{port}"
-    distributed.init_process_group("gloo", address, rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    joint(folder)
+def train_in_one_of_two(folder):
+    """Whatever the second process was seeded with, its stream is that of the first."""
+    distributed.init_process_group("gloo")
+    joint(folder, seed=3 + distributed.get_rank())
     distributed.destroy_process_group()
 
 
 def test_two_processes_make_the_run_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.start_processes(
-        train_in_one_of_two, (port, tmp_path), nprocs=2, start_method="spawn"
-    )
+    torchrun("tests.inference.test_rtb", tmp_path)
     one = joint()
     losses, parameters = [u.loss for u in one.history], weights_of(one)
     two = joint()
@@ -746,3 +742,7 @@ def test_two_processes_make_the_run_of_one(tmp_path):
     assert [u.loss for u in two.history] == pytest.approx(losses, abs=1e-10)
     for name, value in weights_of(two).items():
         torch.testing.assert_close(value, parameters[name], rtol=0, atol=1e-10)
+
+
+if __name__ == "__main__":
+    train_in_one_of_two(Path(sys.argv[1]))

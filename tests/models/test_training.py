@@ -1,17 +1,19 @@
 """The trainer: learns, resumes bit for bit, stops in time, leaves the global stream alone."""
 
 import dataclasses
-import socket
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 
 from smcdiff.models.networks import ResidualMLP
 from smcdiff.models.objectives import Objective, flow_matching, validation_loss
 from smcdiff.models.training import DenoisingTrainer, TrainingConfig
+
+from ..torchrun import torchrun
 
 CONFIG = TrainingConfig(steps=12, batch_size=16, warmup=3, label_dropout=0.3, seed=5)
 
@@ -150,22 +152,15 @@ def test_bad_settings_are_refused() -> None:
         tiny_trainer(changed(patience=2))
 
 
-def train_in_one_of_two(rank: int, port: int, folder: Path) -> None:
-    address = f"tcp://127.0.0.1:{port}"
-    distributed.init_process_group("gloo", address, rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def train_in_one_of_two(folder: Path) -> None:
+    distributed.init_process_group("gloo")
     trainer = tiny_trainer(changed(validate_every=6, max_gradient_norm=0.1))
     trainer.run(checkpoint=folder / "checkpoint.safetensors")
     distributed.destroy_process_group()
 
 
 def test_two_processes_make_the_run_of_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.start_processes(
-        train_in_one_of_two, (port, tmp_path), nprocs=2, start_method="spawn"
-    )
+    torchrun("tests.models.test_training", tmp_path)
     config = changed(validate_every=6, max_gradient_norm=0.1)
     two, one = tiny_trainer(config), tiny_trainer(config)
     two.load(tmp_path / "checkpoint.safetensors")
@@ -174,3 +169,7 @@ def test_two_processes_make_the_run_of_one(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(rows(two)), torch.tensor(rows(one)))
     for left, right in zip(parameters(two), parameters(one), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+if __name__ == "__main__":
+    train_in_one_of_two(Path(sys.argv[1]))

@@ -99,7 +99,7 @@ def program(y=0.3, prior=None):
         ({"model": lambda: masked()("w")}, "processes"),
         (
             {"model": lambda: Diffusion(network().network, event_shape=(1, 2), num_steps=1)("x")},
-            "t = 2",
+            "the saved run has 2 steps, but this program 1",
         ),
     ],
 )
