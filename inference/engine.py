@@ -10,7 +10,6 @@ for it, and then everything that belongs to a particle moves with it.
 """
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -92,6 +91,7 @@ class Engine:
         self, program: Program, twist: Twist, proposal: Proposal, settings: Settings
     ) -> None:
         self.program, self.twist, self.proposal, self.settings = program, twist, proposal, settings
+        refuse_flows(program, settings)
         twist.prepare(program)
         proposal.prepare(program)
         if settings.rejuvenation is not None:
@@ -140,7 +140,6 @@ class Engine:
 
     def start(self) -> Particles:
         """Draws latents and x_T, and looks at them."""
-        self._warn_of_flows()
         batch, num_steps = math.prod(self.axes), self.program.num_steps
         laws: dict[str, Distribution] = {}
         draws: dict[str, Tensor] = {}
@@ -172,18 +171,6 @@ class Engine:
         if move.log_ratio is not None:
             weights = weights + move.log_ratio
         return self._first_state(move.x, latents, cache, weights)
-
-    def _warn_of_flows(self) -> None:
-        processes = self.program.processes
-        if all(process.deterministic for process in processes.values()):
-            warnings.warn(
-                f"no transition of {sorted(processes)} has any variance (eta = 0, or the ODE of a "
-                "Flow): SMC then weighs nothing but the source x_T, and never resamples, as copies "
-                "could not part again. Where particles are to be steered take eta > 0, or the SDE "
-                "with the same marginals, Flow(..., noise='memoryless')",
-                UserWarning,
-                stacklevel=2,
-            )
 
     def _first_estimate(self, statement: Statement, x: Tensor, given: dict[str, Tensor]) -> Tensor:
         """What the program is shown as x_0 while its latents are drawn."""
@@ -333,6 +320,18 @@ class Engine:
 
     def _unflatten(self, tree: Tree) -> Tree:
         return map_tree(lambda leaf: leaf.reshape(*self.axes, *leaf.shape[1:]), tree)
+
+
+def refuse_flows(program: Program, settings: Settings) -> None:
+    """Where no transition has any variance, resampling makes copies that can never part again."""
+    processes = program.processes
+    if settings.ess_threshold and all(process.deterministic for process in processes.values()):
+        raise ValueError(
+            f"no transition of {sorted(processes)} has any variance (eta = 0, or the ODE of a "
+            "Flow), so copies of a particle would stay copies: take eta > 0, or the SDE with the "
+            "same marginals, Flow(..., noise='memoryless'). To weigh nothing but the source x_T "
+            "(importance sampling), say ess_threshold=0"
+        )
 
 
 def _count_roots(roots: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from smcdiff.program import Program
 from smcdiff.twist import Twist
 from smcdiff.weights import effective_sample_size, normalise
 
-from .engine import Engine, Settings
+from .engine import Engine, Settings, refuse_flows
 from .escort import TrustRegion, divergence, escort_weights, predict_iterations
 from .learned import LearnedTwist, record
 from .learned_joint import JointTwist
@@ -181,6 +181,7 @@ class TrustRegionTwistedSMC(ParticleMethod):
     ) -> list[Iteration]:
         """Learns only; returns a record of each iteration."""
         program = Program(self.model, args, kwargs, self.per_problem)
+        refuse_flows(program, self.settings)  # at once, not after all learning
         engine = Engine(program, *self.parts(), self.sweep)
         pool = Pool(engine.evaluator, 1 + self.replay, program.num_problems or 1)
         self.iterations, self._warned = [], False

@@ -18,6 +18,7 @@ from smcdiff.inference import (
     IntermediateReward,
     Rejuvenation,
     Settings,
+    TrustRegionTwistedSMC,
     TwistedSMC,
 )
 from smcdiff.models import (
@@ -543,13 +544,19 @@ def test_rejuvenation_cannot_change_what_a_twist_remembers(kind):
 
 
 @pytest.mark.parametrize("method", [SMC, TwistedSMC])
-def test_flow_says_that_only_its_source_is_weighted(method):
-    """eta = 0: importance sampling from p(x_T), without resampling."""
-    with pytest.warns(
-        UserWarning, match=r"no transition of \['x'\] has any variance \(eta = 0, or the ODE"
-    ):
-        last = run(seen(prior(eta=0.0)), method, ess_threshold=1.0, num_particles=64)
+def test_a_flow_is_not_resampled(method):
+    """eta = 0: what remains is importance sampling from p(x_T), if one says so."""
+    model = seen(prior(eta=0.0))
+    refused(r"no transition of \['x'\] has any variance.*the SDE with the same", model, method)
+    last = run(model, method, ess_threshold=0.0, num_particles=64)
     assert not any(bool(step.resampled.any()) for step in last.history)
+
+
+def test_a_flow_is_refused_before_anything_is_learned():
+    method = TrustRegionTwistedSMC(seen(prior(eta=0.0)), num_particles=8)
+    with pytest.raises(ValueError, match="copies of a particle would stay copies"):
+        method.learn()
+    assert not method.iterations
 
 
 @pytest.mark.parametrize(
@@ -561,7 +568,7 @@ def test_flow_says_that_only_its_source_is_weighted(method):
     ],
     ids=["some variance", "the denoiser's variance", "a team"],
 )
-def test_no_flow_no_warning(process):
+def test_no_flow(process):
     assert not process().deterministic
 
 

@@ -331,8 +331,9 @@ def test_a_flow_is_never_resampled_into_copies():
     def program():
         pyro.factor("reward", flow("x")[..., 0])
 
-    with pytest.warns(UserWarning, match="no transition of .'x'. has any variance"):
-        particles = finish(SMC(program, num_particles=50, num_runs=20, ess_threshold=1.0))
+    with pytest.raises(ValueError, match="no transition of .'x'. has any variance"):
+        finish(SMC(program, num_particles=50))
+    particles = finish(SMC(program, num_particles=50, num_runs=20, ess_threshold=0.0))
     assert not any(bool(step.resampled.any()) for step in particles.history)
     mean, spread = moments(flow)
     assert abs(z_of_evidence(particles, float(mean + spread / 2))) < BOUND
