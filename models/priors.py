@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import digits, mnist, text
 from .diffusion import Diffusion
@@ -30,11 +31,7 @@ def digit_prior(
             need.
         kwargs: for :class:`Diffusion`, such as ``eta`` or ``variance``.
     """
-    settings = {"parameterization": digits.PARAMETERIZATION, "scale": 0.6, **kwargs}
-    network = digits.digit_network(device)
-    return Diffusion(
-        network, VariancePreserving(spacing=spacing), digits.EVENT_SHAPE, num_steps, **settings
-    )
+    return _diffusion(digits.digit_network(device), digits.EVENT_SHAPE, num_steps, spacing, kwargs)
 
 
 def mnist_prior(
@@ -56,11 +53,7 @@ def mnist_prior(
             need.
         kwargs: for :class:`Diffusion`, such as ``eta`` or ``variance``.
     """
-    settings = {"parameterization": mnist.PARAMETERIZATION, "scale": 0.6, **kwargs}
-    network = mnist.mnist_network(device)
-    return Diffusion(
-        network, VariancePreserving(spacing=spacing), mnist.EVENT_SHAPE, num_steps, **settings
-    )
+    return _diffusion(mnist.mnist_network(device), mnist.EVENT_SHAPE, num_steps, spacing, kwargs)
 
 
 def name_prior(
@@ -91,6 +84,14 @@ def text_prior(
         kwargs: for :class:`MaskedDiffusion`, such as ``reveal``.
     """
     return _masked(text.text_network(device), text.ENGLISH, text.TEXT_LENGTH, num_steps, kwargs)
+
+
+def _diffusion(
+    network: nn.Module, event_shape: tuple[int, ...], num_steps: int, spacing: Spacing, kwargs: Any
+) -> Diffusion:
+    settings = {"parameterization": digits.PARAMETERIZATION, "scale": 0.6, **kwargs}
+    schedule = VariancePreserving(spacing=spacing)
+    return Diffusion(network, schedule, event_shape, num_steps, **settings)
 
 
 def _masked(
