@@ -1,14 +1,21 @@
 """Denoisers of azula, of k-diffusion and of EDM: transitions equal to those of their samplers."""
 
+import copy
+import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
 
-from smcdiff.models import EDM, GaussianDenoiser
+from smcdiff import Program
+from smcdiff.inference import SMC
+from smcdiff.laws import log_density
+from smcdiff.models import EDM, Controlled, GaussianDenoiser
 from smcdiff.models.adapters import from_azula, from_denoiser
 
 
@@ -145,6 +152,11 @@ def test_azula_interface_is_a_prior_of_its_data() -> None:
         from_azula(Exact(), (2,), eta=2.0)
 
 
+class Backbone(nn.Linear):
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return super().forward(x) + time.to(x.dtype)
+
+
 @pytest.mark.parametrize("schedule", ["VP", "VE", "Cosine", "Rectified", "Decay"])
 @pytest.mark.parametrize(("sampler", "eta"), [("DDPM", 1.0), ("DDIM", 0.5), ("Euler", 0.0)])
 def test_steps_are_those_of_azula(schedule: str, sampler: str, eta: float) -> None:
@@ -152,10 +164,6 @@ def test_steps_are_those_of_azula(schedule: str, sampler: str, eta: float) -> No
     denoise = pytest.importorskip("azula.denoise", reason=reason)
     noise = pytest.importorskip("azula.noise", reason=reason)
     sample = pytest.importorskip("azula.sample", reason=reason)
-
-    class Backbone(nn.Linear):
-        def forward(self, x: Tensor, time: Tensor) -> Tensor:
-            return super().forward(x) + time
 
     denoiser = denoise.KarrasDenoiser(Backbone(3, 3), getattr(noise, f"{schedule}Schedule")())
     process = from_azula(denoiser, (3,), 6, eta=eta)
@@ -171,3 +179,35 @@ def test_steps_are_those_of_azula(schedule: str, sampler: str, eta: float) -> No
         ours = noisy(process.kernel(x, 6 - i).law, seed=i)
         torch.testing.assert_close(ours, after, rtol=1e-6, atol=1e-6)
         x = after
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_networks_in_half_precision_keep_densities_in_float32(
+    dtype: torch.dtype, digits: float
+) -> None:
+    """The network rounds; the state that was drawn is scored as it is stored, in float64."""
+    reason = "needs azula: pip install 'smcdiff[azula]'"
+    denoise = pytest.importorskip("azula.denoise", reason=reason)
+    noise = pytest.importorskip("azula.noise", reason=reason)
+    torch.set_default_dtype(torch.float32)
+    whole = Backbone(3, 3)
+    half = copy.deepcopy(whole).to(dtype)
+    prior, precise = (
+        from_azula(denoise.KarrasDenoiser(net, noise.VPSchedule()), (3,), 4)
+        for net in (half, whole)
+    )
+    guide = Controlled(prior, lambda x, t, denoised: 0.3 * torch.ones_like(x))
+
+    def program() -> None:
+        pyro.sample("y", dist.Normal(prior("x").sum(-1), 1.0), obs=torch.tensor(0.5))
+
+    states = list(SMC(program, lambda: guide("x"), num_particles=6, ess_threshold=0.0).iterate())
+    weights = Program(program).log_joint({"x": states[-1].x["x"][0]}, {})
+    for before, after in itertools.pairwise(states):
+        x, new = before.x["x"][0], after.x["x"][0]
+        assert x.dtype == new.dtype == torch.float32
+        laws = [process.kernel(x, before.t).law for process in (prior, guide, precise)]
+        assert all(law.mean.dtype == torch.float32 for law in laws)
+        torch.testing.assert_close(laws[0].mean, laws[2].mean, rtol=digits, atol=4 * digits)
+        weights = weights + log_density(laws[0], new) - log_density(laws[1], new)
+    torch.testing.assert_close(states[-1].log_weights[0], weights, rtol=0, atol=1e-12)
