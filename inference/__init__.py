@@ -9,6 +9,7 @@ from .behaviours import (
     OnPolicy,
     PriorPaths,
 )
+from .compilation import InferenceCompilation
 from .denoised import DenoisedLikelihood
 from .engine import Settings
 from .guided import GuidedProposal
@@ -17,6 +18,7 @@ from .learned_gaussian import GaussianKernels, QuadraticTwist
 from .learned_joint import JointTwist
 from .learned_power import PowerTwist
 from .learned_residual import ResidualTwist
+from .learned_strings import StringTwist
 from .learned_tokens import TokenTwist
 from .masked_proposals import NestedProposal, RelaxedLikelihood, TiltedTokens
 from .proposals import FromKernel, Proposal, TwistedKernel
@@ -36,6 +38,7 @@ __all__ = [
     "FromKernel",
     "GaussianKernels",
     "GuidedProposal",
+    "InferenceCompilation",
     "Inflated",
     "IntermediateReward",
     "JointTwist",
@@ -58,6 +61,7 @@ __all__ = [
     "ResidualLoss",
     "ResidualTwist",
     "Settings",
+    "StringTwist",
     "Tempered",
     "TiltedTokens",
     "TokenTwist",

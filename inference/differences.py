@@ -44,6 +44,12 @@ def log_quotient(q: Distribution, p: Distribution, x: Tensor) -> Float64[Tensor,
     return log_density(q, x) - log_density(p, x)
 
 
+def usable(law: Distribution) -> bool:
+    """Whether one can draw from it: a network may have returned NaN, and is blamed later."""
+    parameters = [getattr(_base(law), name, None) for name in ("loc", "scale", "logits")]
+    return not any(bool(p.isnan().any()) for p in parameters if isinstance(p, Tensor))
+
+
 def _of_normals(q: torch.distributions.Normal, p: torch.distributions.Normal, x: Tensor) -> Tensor:
     z, d, ratio = (x - p.loc) / p.scale, (q.loc - p.loc) / p.scale, q.scale / p.scale
     narrower = 1 - ratio**-2

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from jaxtyping import Float64
 from pyro import poutine
-from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
 from smcdiff.dissection import placeholder
@@ -25,7 +24,7 @@ from smcdiff.process import Process, Tree, is_deterministic
 from smcdiff.program import Program
 
 from . import ranks
-from .differences import log_quotient
+from .differences import log_quotient, usable
 from .guided import GuidedProposal
 from .trajectories import Laws, Opening, Plan, States, Trajectories
 
@@ -209,7 +208,7 @@ class Pair:
             total = total + _quotient(guide.laws, model.laws, walked.x[self.num_steps])
             total = total + guide.log_latents
         for t in steps:
-            evaluations = walked.evaluations[t]
+            evaluations = walked.evaluations.get(t) or self._unsteered(t, walked.x[t], model)
             p, q = self._laws(t, walked.x[t], (model, guide), evaluations)
             total = total + _quotient(q, p, walked.x[t - 1])
         return total
@@ -224,7 +223,7 @@ class Pair:
             zero = torch.zeros(len(first), dtype=torch.float64, device=first.device)
             return x, zero, zero.clone()
         q = guide.laws
-        laws = {m: plan.law(q[m] if _usable(q[m]) else law, law) for m, law in model.laws.items()}
+        laws = {m: plan.law(q[m] if usable(q[m]) else law, law) for m, law in model.laws.items()}
         x = {m: ranks.draw(law).detach() for m, law in laws.items()}
         x = self._follow(plan, total, plan.begin, x, model.laws)
         behind = _quotient(guide.laws, laws, x).detach()
@@ -242,14 +241,13 @@ class Pair:
     ) -> tuple[States, Tensor]:
         """x_{t-1} and log q - log b of it; log q - log p goes into the record."""
         x = walked.x[t]
-        with torch.no_grad():
-            evaluations = self._evaluate(self.model, t, x, openings[0].contexts, {})
+        evaluations = self._unsteered(t, x, openings[0])
         if keep:
             walked.evaluations[t] = evaluations
         with torch.set_grad_enabled(tracked):
             p, q = self._laws(t, x, openings, evaluations)
         with torch.no_grad():
-            laws = {m: plan.law(q[m] if _usable(q[m]) else law, law) for m, law in p.items()}
+            laws = {m: plan.law(q[m] if usable(q[m]) else law, law) for m, law in p.items()}
             after = {m: ranks.draw(law).to(x[m].dtype) for m, law in laws.items()}
             after = self._follow(plan, total, t - 1, after, p)
             behind = _quotient(q, laws, after)
@@ -266,6 +264,11 @@ class Pair:
             p = self._kernels(self.model, t, x, model.contexts, evaluations)
         own = self._evaluate(self.guide, t, x, guide.contexts, evaluations)
         return p, self._kernels(self.guide, t, x, guide.contexts, own)
+
+    @torch.no_grad()
+    def _unsteered(self, t: int, x: States, model: Opening) -> Tree:
+        """The outputs of the model's networks at x_t."""
+        return self._evaluate(self.model, t, x, model.contexts, {})
 
     def _evaluate(
         self, program: Program, t: int, x: States, contexts: dict[str, Any], shared: Tree
@@ -329,14 +332,6 @@ def leaves(trace: poutine.Trace) -> dict[str, Tensor]:
     """The unconstrained parameters that a run has met, by name."""
     values = {name: node["value"] for name, node in trace.nodes.items()}
     return {name: value.unconstrained() for name, value in values.items() if value is not None}
-
-
-def _usable(law: Distribution) -> bool:
-    """Whether one can draw from it: a network may have returned NaN, and is blamed later."""
-    while isinstance(law, torch.distributions.Independent):
-        law = law.base_dist
-    parameters = [getattr(law, name, None) for name in ("loc", "scale", "logits")]
-    return not any(bool(p.isnan().any()) for p in parameters if isinstance(p, Tensor))
 
 
 def _at_rest(statement: Statement) -> Tensor:

@@ -199,19 +199,20 @@ class LearnedStart(nn.Module):
 
 
 class LearnedScale(nn.Module):
-    r"""Standard deviations for ``Controlled(scale=...)``, one factor per step,
+    r"""Standard deviations for ``Controlled(scale=...)``, one factor per step (and element),
 
     .. math:: \rho_t = \exp(b \tanh(a_t / b)), \qquad a_t = 0 \text{ at first}.
 
     Args:
         num_steps: T.
         bound: b.
+        shape: that of an event, for one factor per element; or one that broadcasts with it.
     """
 
-    def __init__(self, num_steps: int, bound: float = 2.0) -> None:
+    def __init__(self, num_steps: int, bound: float = 2.0, shape: Sequence[int] = ()) -> None:
         super().__init__()
         self.bound = bound
-        self.log_scale = nn.Parameter(torch.zeros(num_steps + 1))
+        self.log_scale = nn.Parameter(torch.zeros(num_steps + 1, *shape))
 
     def forward(self, t: int) -> Tensor:
         return torch.exp(self.bound * torch.tanh(self.log_scale[t] / self.bound))

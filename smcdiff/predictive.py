@@ -18,7 +18,7 @@ from .program import Program
 Samples = dict[str, Tensor]
 
 
-class _Unobserved(Messenger):
+class Unobserved(Messenger):
     """Samples what is observed; factors and deterministic sites keep their values.
 
     (Pyro's ``uncondition`` redraws deterministic sites too, once per particle of a plate.)
@@ -44,8 +44,8 @@ def predict(program: Program, particles: Particles, overrides: dict[str, Any]) -
     Raises:
         ValueError: the program has no argument of such a name.
     """
-    forward = _with_arguments(program, overrides)
-    forward.model = _Unobserved()(program.model)
+    forward = with_arguments(program, overrides)
+    forward.model = Unobserved()(program.model)
     batch = particles.log_weights.numel()
     execution = _execute(forward, particles, torch.arange(batch))
     draws = {}
@@ -95,7 +95,7 @@ def _observed(execution: Execution) -> Samples:
     return {name: torch.as_tensor(s.value) for name, s in sites if s.kind == "observed"}
 
 
-def _with_arguments(program: Program, overrides: dict[str, Any]) -> Program:
+def with_arguments(program: Program, overrides: dict[str, Any]) -> Program:
     """A copy that shares everything but some arguments with the program."""
     known = program._bound.arguments
     unknown = sorted(set(overrides) - set(known))

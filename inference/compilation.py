@@ -1,0 +1,212 @@
+r"""Inference compilation: a guide learns from what the program itself simulates.
+
+Run forwards, a program draws a trajectory, its latents and the data that they would cause. Given
+those data, the trajectory is an *exact* posterior draw; so a guide that reads the data, and gives
+such draws a high density,
+
+.. math:: \min_q \; -E_{p(x_{T:0}, z, y)} \log q(x_{T:0}, z \mid y)
+          = E_{p(y)} \mathrm{KL}(p(x_{T:0}, z \mid y) \,\|\, q(x_{T:0}, z \mid y)) + \text{const},
+
+learns the posterior of every y at once (Le, Baydin & Wood 2017, arXiv 1610.09900; neural posterior
+estimation). This divergence punishes a guide that misses a mode, which the weights of
+``SMC(model, guide=guide)`` could not repair; relative trajectory balance can go on from there.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float64, Int64
+from pyro import poutine
+from pyro.optim import PyroOptim
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from smcdiff.dissection import draw
+from smcdiff.execution import Statement
+from smcdiff.particles import Calls, map_tree
+from smcdiff.predictive import Unobserved, with_arguments
+from smcdiff.program import Program
+
+from .pair import Pair, leaves
+from .trajectories import States, Trajectories
+
+
+@dataclass(frozen=True)
+class Simulations:
+    """Draws of a program run forwards, one row each.
+
+    Attributes:
+        x: the states by t and member site.
+        latents: the ordinary latents by site.
+        data: what was drawn at the observed sites.
+    """
+
+    x: dict[int, States]
+    latents: dict[str, Tensor]
+    data: dict[str, Tensor]
+
+    def select(self, rows: Int64[Tensor, " row"]) -> "Simulations":
+        """Some of them."""
+        tree = {"latents": self.latents, "data": self.data}
+        some = map_tree(lambda v: v[rows.to(v.device)], tree)
+        states = {t: map_tree(lambda v: v[rows.to(v.device)], x) for t, x in self.x.items()}
+        return Simulations(states, some["latents"], some["data"])
+
+
+@torch.no_grad()
+def simulate(program: Program, number: int) -> Simulations:
+    """Runs the program forwards: its processes step by step, then the sites that are observed.
+
+    Raises:
+        ValueError: the program has a factor, which says how good a draw is but not how to draw.
+    """
+    factors = sorted(n for n, each in program.likelihoods.items() if each.kind == "factor")
+    if factors:
+        raise ValueError(
+            f"factors {factors} cannot be simulated: observe data through pyro.sample(..., obs=y), "
+            "or learn by RelativeTrajectoryBalance, which takes any reward"
+        )
+    forward = copy.copy(program)
+    forward.model = Unobserved()(program.model)
+    states: dict[int, States] = {t: {} for t in range(program.num_steps + 1)}
+
+    def walk(statement: Statement) -> Tensor:
+        process, context = statement.process, statement.context
+        x = draw(process.initial(**context), statement.batch)
+        states[process.num_steps] |= process.split(statement.name, x)
+        for t in range(process.num_steps, 0, -1):
+            x = process.kernel(x, t, **context).law.sample()
+            states[t - 1] |= process.split(statement.name, x)
+        return x
+
+    sites = forward.execute(walk, {}, number).sites
+    seen = [n for n, each in program.likelihoods.items() if each.kind == "observed"]
+    latents = {n: sites[n].value for n in program.latents}
+    return Simulations(states, latents, {n: sites[n].value for n in seen})
+
+
+class InferenceCompilation:
+    """Trains a guide that is conditional on data by maximum likelihood of simulated trajectories.
+
+    Args:
+        model: a Pyro callable with at least one process, and with data at observed sites only.
+        guide: a Pyro callable that takes the same arguments and has the same process sites, and the
+            ordinary latents that it wants to propose.
+        optim: a ``pyro.optim`` optimiser of the guide's parameters.
+        data: the arguments that hold data, each named as the site that observes it; or a mapping
+            from arguments to sites.
+        num_paths: trajectories that are simulated at once.
+        refresh: updates after which others are simulated (None: never).
+        num_particles: trajectories per update, drawn from those.
+        subsample: learn from so many random steps of them only, scaled up (None: all steps).
+        max_gradient_norm: gradients are scaled down to it.
+
+    Attributes:
+        calls: of the prior's network, the simulations included.
+        history: the loss of every update, -E[log q - log p]: zero for a guide that is the prior,
+            and minus the information that data have on the trajectory at the posterior.
+
+    Raises:
+        ValueError: at the first update, if the model has factors or would train, an argument is no
+            data, or the guide's sites do not match the model's.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optim: PyroOptim,
+        *,
+        data: Sequence[str] | Mapping[str, str] = ("y",),
+        num_paths: int = 4096,
+        refresh: int | None = None,
+        num_particles: int = 128,
+        subsample: int | None = None,
+        max_gradient_norm: float | None = None,
+    ) -> None:
+        self.model, self.guide, self.optim = model, guide, optim
+        self.data = dict(data) if isinstance(data, Mapping) else {name: name for name in data}
+        self.num_paths, self.refresh, self.num_particles = num_paths, refresh, num_particles
+        self.subsample, self.max_gradient_norm = subsample, max_gradient_norm
+        self.calls, self.history = Calls(), list[float]()
+        self.simulations: Simulations | None = None
+        sizes = {"num_paths": num_paths, "num_particles": num_particles}
+        sizes |= {"subsample": subsample or 1, "refresh": refresh or 1}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} must be a positive number, got {value}")
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """One update; returns its loss.
+
+        Args:
+            args, kwargs: of the model; those that hold data are examples of one problem, whose
+                values do not matter.
+        """
+        if self.simulations is None or (self.refresh and len(self.history) % self.refresh == 0):
+            self._simulate(args, kwargs)
+        rows = torch.randint(self.num_paths, (self.num_particles,))
+        with poutine.trace(param_only=True) as seen, torch.enable_grad():
+            loss = -self._log_ratio(rows).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+        parameters = [p for p in leaves(seen.trace).values() if p.grad is not None]
+        if self.max_gradient_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self.max_gradient_norm)
+        self.optim(parameters)
+        for parameter in parameters:
+            parameter.grad = None
+        self.history.append(float(loss.detach()))
+        return self.history[-1]
+
+    def run(
+        self, *args: Any, num_updates: int, progress: bool = False, **kwargs: Any
+    ) -> list[float]:
+        """Updates until there are ``num_updates`` of them; returns their losses."""
+        done = len(self.history)
+        with tqdm(initial=done, total=num_updates, disable=not progress, unit="update") as bar:
+            while len(self.history) < num_updates:
+                bar.set_postfix_str(f"loss {self.step(*args, **kwargs):.3g}")
+                bar.update()
+        return self.history
+
+    def _simulate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Draws trajectories and data, and puts the data in the place of the arguments."""
+        program = Program(self.model, args, kwargs)
+        self.simulations = simulate(program, self.num_paths)
+        number = sum(p.calls(t) for p in program.processes.values() for t in self._times(program))
+        self.calls += Calls(network=self.num_paths * number, program=self.num_paths)
+        missing = sorted(set(self.data.values()) - set(self.simulations.data))
+        if missing:
+            raise ValueError(
+                f"data={self.data} names the sites {missing}, but the model observes "
+                f"{sorted(self.simulations.data)}: map arguments to those"
+            )
+        sites = {name: self.simulations.data[site] for name, site in self.data.items()}
+        bound = with_arguments(program, sites)._bound
+        plates = 1 + program.max_plate_nesting
+        events = {name: value.dim() - plates for name, value in sites.items()}
+        first = not self.history
+        self.pair = Pair(self.model, self.guide, bound.args, bound.kwargs, events)
+        if first:
+            self.pair.refuse_trainable()
+            self.pair.take_calls()
+
+    def _log_ratio(self, rows: Int64[Tensor, " row"]) -> Float64[Tensor, " row"]:
+        """log q - log p of simulated trajectories, from some of their steps."""
+        assert self.simulations is not None
+        some, zero = self.simulations.select(rows), torch.zeros(len(rows), dtype=torch.float64)
+        walked = Trajectories(some.x, some.latents, rows, zero, {}, zero, {})
+        times = self._times(self.pair.model)
+        if self.subsample is not None and self.subsample < len(times):
+            times = (torch.randperm(len(times))[: self.subsample] + 1).tolist()
+        start = self.pair.ratios_again(walked, [], start=True)
+        ratio = self.pair.ratios_again(walked, times, start=False)
+        self.calls += self.pair.take_calls()
+        return start + self.pair.num_steps / len(times) * ratio
+
+    @staticmethod
+    def _times(program: Program) -> list[int]:
+        return list(range(1, program.num_steps + 1))
