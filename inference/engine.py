@@ -102,9 +102,10 @@ class Engine:
         problems = () if program.num_problems is None else (program.num_problems,)
         self.axes = (*problems, settings.num_runs, settings.num_particles)
         per_problem = settings.num_runs * settings.num_particles
-        self.problems = (
-            torch.arange(problems[0]).repeat_interleave(per_problem) if problems else None
-        )
+        self.problems = None
+        if problems:
+            numbers = torch.arange(problems[0], device=program.device)
+            self.problems = numbers.repeat_interleave(per_problem)
 
     def iterate(self, state: Particles | None = None) -> Iterator[Particles]:
         """Yields the particles at T, T - 1, ..., 0 (or on from ``state``).

@@ -58,7 +58,8 @@ class RelaxedLikelihood(Twist):
     def evaluate(self, view: View) -> TwistValue:
         log_probs = {n: _logits(view.kernels[n].denoised).detach() for n in self.names}
         if not log_probs or self._reward is None:
-            return TwistValue(torch.zeros(view.batch, dtype=torch.float64))
+            device = view.program.device
+            return TwistValue(torch.zeros(view.batch, dtype=torch.float64, device=device))
         with torch.enable_grad():
             probs = {n: value.exp().requires_grad_() for n, value in log_probs.items()}
             value = self._reward(probs)

@@ -10,7 +10,7 @@ from jaxtyping import Float64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from smcdiff.particles import Particles
+from smcdiff.particles import Particles, check_checkpoint
 from smcdiff.posterior import Posterior
 from smcdiff.program import Program
 from smcdiff.twist import Twist, TwistValue, View
@@ -97,6 +97,7 @@ class ParticleMethod(ABC):
             checkpoint_every: steps between two writes of it.
             resume: continue from the checkpoint, bit for bit, if the file exists.
         """
+        check_checkpoint(checkpoint, checkpoint_every)
         engine = self.engine(*args, **kwargs)
         start = None
         if resume and checkpoint is not None and Path(checkpoint).exists():

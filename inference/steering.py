@@ -82,10 +82,8 @@ class Tempered(Twist):
 
     def evaluate(self, view: View) -> TwistValue:
         value = self.twist.evaluate(view)
-        exponent = self.exponent
-        power = (
-            exponent if isinstance(exponent, float) else exponent(view.t, view.program.num_steps)
-        )
+        exponent, num_steps = self.exponent, view.program.num_steps
+        power = exponent(view.t, num_steps) if callable(exponent) else exponent
         cache = {name: part for name, part in value.cache.items() if name != "total"}
         if "direction" in cache:
             cache["direction"] = cache["direction"] * power

@@ -24,7 +24,7 @@ from jaxtyping import Float64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from smcdiff.particles import Calls, Particles, load_tree, save_tree
+from smcdiff.particles import Calls, Particles, check_checkpoint, load_tree, save_tree
 from smcdiff.posterior import Posterior
 from smcdiff.program import Program
 from smcdiff.twist import Twist
@@ -180,6 +180,7 @@ class TrustRegionTwistedSMC(ParticleMethod):
         **kwargs: Any,
     ) -> list[Iteration]:
         """Learns only; returns a record of each iteration."""
+        check_checkpoint(checkpoint)
         program = Program(self.model, args, kwargs, self.per_problem)
         refuse_flows(program, self.settings)  # at once, not after all learning
         engine = Engine(program, *self.parts(), self.sweep)

@@ -25,10 +25,10 @@ class Automaton:
 
     def __call__(self, tokens: Int64[Tensor, "*batch length"]) -> Float[Tensor, "*batch"]:
         """The rewards of strings without masks."""
-        state = torch.zeros_like(tokens[..., 0])
+        state, moves = torch.zeros_like(tokens[..., 0]), self.moves.to(tokens.device)
         for token in tokens.unbind(-1):
-            state = self.moves[state, token]
-        return self.rewards[state]
+            state = moves[state, token]
+        return self.rewards.to(tokens.device)[state]
 
     def __add__(self, other: "Automaton") -> "Automaton":
         """The sum of two rewards, computed by the product of the automata."""

@@ -95,6 +95,7 @@ class Diffusion(Process):
         self.source, self.context_dims = source, dict(context_dims or {})
         self.guidance, self.event_shape = guidance, shape_of(network, event_shape)
         self._check(variance, eta, source)
+        _check_schedule(schedule)
         self.grid: Grid = (schedule or usual_schedule(parameterization)).grid(num_steps)
         known = "x0" if self.closed_form else parameterization
         self.preconditioning = preconditionings(known, self.grid, sigma_data)
@@ -305,3 +306,11 @@ class Diffusion(Process):
                 f"an exact denoiser is not conditional, but got the context {sorted(context)}: it "
                 "would be ignored. Leave it out, or use a network that takes it"
             )
+
+
+def _check_schedule(schedule: object) -> None:
+    if not isinstance(schedule, Schedule | None):
+        raise ValueError(
+            f"a schedule is needed, such as VariancePreserving(betas), got a "
+            f"{type(schedule).__name__}"
+        )

@@ -153,8 +153,8 @@ def table(values: Numbers) -> Float64[Tensor, "*shape"]:
 
 
 def check_num_steps(num_steps: int) -> int:
-    if num_steps < 1:
-        raise wrong("at least one step", f"{num_steps}", "Ask for a positive number of steps.")
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise wrong("at least one step", repr(num_steps), "Ask for a positive, whole number.")
     return num_steps
 
 

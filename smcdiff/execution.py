@@ -138,7 +138,7 @@ class Interpreter(Messenger):
             return self.state(statement)
         except (Refused, torch.cuda.OutOfMemoryError):
             raise
-        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             named = f"process {statement.name!r}"
             message = str(error) if str(error).startswith(named) else f"{named}: {error}"
             raise Refused(message) from error
@@ -206,11 +206,11 @@ class Execution:
         self, names: Any = None, impossible: float = -torch.inf
     ) -> Float64[Tensor, " particle"]:
         """The sum of :meth:`log_prob` over the given sites (all, if None)."""
-        total = torch.zeros(self.batch, dtype=torch.float64)
+        device = next((x.device for x in self.states.values()), None)
+        total = torch.zeros(self.batch, dtype=torch.float64, device=device)
         for name, site in self.sites.items():
             if not site.deterministic and (names is None or name in names):
-                log_prob = self.log_prob(name, impossible)
-                total = total.to(log_prob.device) + log_prob
+                total = total + self.log_prob(name, impossible)
         return total
 
     def changed(self, other: "Execution", source: str) -> set[str]:
@@ -246,6 +246,11 @@ def _advice(error: Exception) -> str:
         return (
             "A reward that is computed with NumPy has no gradient: write it in torch, or use a "
             "twist without gradients, as in TwistedSMC(..., proposal='kernel')"
+        )
+    if "to satisfy the constraint" in str(error):
+        return (
+            "Mask or clamp whatever is undefined there; -inf in a factor is the way to say "
+            "impossible"
         )
     return (
         "Under inference values have the shape (particle, *plates, *event): index from the right, "

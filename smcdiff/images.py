@@ -41,8 +41,8 @@ def plot_samples(
     """
     at, _ = choose(posterior, problem)
     site = site or _image_site(posterior, shape)
-    draws = _events(posterior, site, shape, at, num_draws)
     found = posterior.expectation(site)
+    draws = _events(posterior, site, shape, at, num_draws)
     size = draws.shape[1:]
     mean, sd = found.mean[at].reshape(size), found.sd[at].reshape(size).mean(0)
     extra = {name: _as_image(x, size) for name, x in (beside or {}).items()}

@@ -221,6 +221,14 @@ def save_tree(path: str | Path, tree: Tree, kind: str) -> None:
     partial.replace(target)
 
 
+def check_checkpoint(path: str | Path | None, every: int = 1) -> None:
+    """Refuses what could not be written to, before anything is computed."""
+    if every < 1:
+        raise ValueError(f"checkpoint_every must be 1 or more, got {every}")
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {Path(path).absolute().parent} for the checkpoint")
+
+
 def load_tree(path: str | Path, kind: str, device: torch.device | str = "cpu") -> Tree:
     """Reads what :func:`save_tree` wrote.
 

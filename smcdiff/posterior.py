@@ -155,7 +155,7 @@ class Posterior:
             quantity: a site, or a function from ``samples`` to a tensor with shape
                 ``(*axes, ...)``.
         """
-        values = self.samples[quantity] if isinstance(quantity, str) else quantity(self.samples)
+        values = self._site(quantity) if isinstance(quantity, str) else quantity(self.samples)
         return expectation(values, self.weights, self.particles.roots)
 
     def resample(self, n: int | None = None, scheme: str = "systematic") -> Samples:
@@ -234,6 +234,12 @@ class Posterior:
         from .graph import genealogy
 
         return genealogy(self)
+
+    def _site(self, name: str) -> Tensor:
+        """The samples of one site."""
+        if name not in self.samples:
+            raise ValueError(f"there is no site {name!r}: the sites are {sorted(self.samples)}")
+        return self.samples[name]
 
     def _needed(self, what: str) -> Program:
         if self.program is None:

@@ -159,6 +159,8 @@ class Program:
         return bound.args, bound.kwargs
 
     def _count_problems(self) -> int | None:
+        if isinstance(self.per_problem, str):
+            raise ValueError(f"per_problem takes several names, as in ({self.per_problem!r},)")
         counts = {}
         for name in self.per_problem:
             value = self._bound.arguments.get(name)

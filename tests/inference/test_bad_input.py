@@ -12,12 +12,14 @@ from pyro import poutine
 from torch import nn
 
 from smcdiff import DegenerateWeights, Program, Twist, TwistValue
+from smcdiff.execution import Execution
 from smcdiff.inference import (
     SMC,
     FromKernel,
     IntermediateReward,
     Rejuvenation,
     Settings,
+    Tempered,
     TrustRegionTwistedSMC,
     TwistedSMC,
 )
@@ -122,6 +124,12 @@ def test_network_that_is_not_finite_at_one_step(step, value, method):
 
     match = f"process 'x': its network returned NaN or infinity at step t = {step}"
     refused(match, seen(network(broken)), method)
+
+
+def test_context_of_the_wrong_kind():
+    process = network(lambda x, time, label: x + torch.nn.functional.one_hot(label, 2))
+    refused("process 'x': one_hot", lambda: process("x", label=1))
+    refused("process 'x': .*unexpected keyword argument 'kind'", lambda: process("x", kind=1))
 
 
 def test_context_of_the_wrong_shape():
@@ -264,6 +272,29 @@ def wide():
     return Diffusion(GaussianDenoiser(torch.zeros(3), 1.0), num_steps=4)
 
 
+def test_place_of_a_checkpoint(tmp_path):
+    method = SMC(seen(prior()), num_particles=2)
+    with pytest.raises(ValueError, match="checkpoint_every must be 1 or more, got 0"):
+        method.run(checkpoint=tmp_path / "run", checkpoint_every=0)
+    with pytest.raises(ValueError, match="there is no folder .*nowhere for the checkpoint"):
+        method.run(checkpoint=tmp_path / "nowhere" / "run")
+
+
+def test_schedule_that_is_none():
+    with pytest.raises(ValueError, match=r"VariancePreserving\(betas\), got a Tensor"):
+        prior(schedule=torch.linspace(1e-4, 0.02, 1000))
+    with pytest.raises(ValueError, match="expected at least one step; got 4.0"):
+        prior(num_steps=4.0)
+
+
+def test_a_power_may_be_a_whole_number():
+    weights = []
+    for twist in (IntermediateReward(), Tempered(IntermediateReward(), 1)):
+        pyro.set_rng_seed(0)
+        weights.append(run(seen(prior()), twist=twist, ess_threshold=0.0).log_weights)
+    assert weights[0].equal(weights[1])
+
+
 # ---------------------------------------------------------------------------------- observations
 
 
@@ -315,6 +346,11 @@ def test_more_plates_than_declared():
 def test_observation_on_another_device():
     match = r"site 'y': the observation lies on device 'meta', but the processes on \['cpu'\]"
     refused(match, seen(prior(), torch.zeros(2, device="meta")))
+
+
+def test_a_sum_over_no_site_lies_where_the_states_lie():
+    execution = Execution({}, {"x": torch.zeros(3, 2, device="meta")}, {}, 3, 0)
+    assert execution.log_joint(()).device.type == "meta"
 
 
 def test_network_on_another_device():
@@ -426,6 +462,10 @@ def test_numpy_reward_needs_no_gradient_where_nobody_asks():
 @pytest.mark.parametrize("reward", [sine, lambda x: sine(x.detach())], ids=["tracked", "detached"])
 def test_numpy_reward_under_a_gradient_twist(reward):
     refused("proposal='kernel'", rewarded(reward), TwistedSMC)
+
+
+def test_names_in_one_string():
+    refused(r"per_problem takes several names, as in \('y',\)", seen(prior()), per_problem="y")
 
 
 def test_unknown_per_problem_argument():

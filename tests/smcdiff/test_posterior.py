@@ -55,6 +55,8 @@ def test_expectation_of_a_function_and_of_integers():
     assert k == pytest.approx(2 / 11 * (0.5 + 0.5) + 9 / 11 * 2 / 3, rel=1e-14)
     with pytest.raises(ValueError, match="one value per particle"):
         posterior.expectation(lambda s: s["x"].mean(1))
+    with pytest.raises(ValueError, match=r"no site 'z': the sites are \['k', 'x'"):
+        posterior.expectation("z")
 
 
 def test_no_error_where_one_root_carries_the_weight():
