@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
+
+LOOKS = 10  # at the paths that are held out
 
 Loss = Callable[[Int64[Tensor, " row"]], Tensor]
 
@@ -15,17 +17,27 @@ Loss = Callable[[Int64[Tensor, " row"]], Tensor]
 class Descent:
     """Adam with a learning rate that falls to zero (half a cosine).
 
+    Where paths are held out, the parameters that are kept are those with the least loss on them, of
+    all that were looked at on the way: the first ones too, so that a family never gets worse than
+    it was unless these paths are misled as well.
+
     Attributes:
         steps: how many.
         batch: paths per step, drawn by their weights (None: all of them, weighted).
         times: times t per step, drawn at random (None: all of them).
         learning_rate: the first one.
+        held_out: the share of the paths that only judge; they are looked at ten times.
     """
 
     steps: int = 300
     batch: int | None = 256
     times: int | None = 8
     learning_rate: float = 3e-3
+    held_out: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.held_out < 1.0:
+            raise ValueError(f"held_out is a share of the paths in [0, 1), but got {self.held_out}")
 
     @torch.enable_grad()
     def minimise(
@@ -39,18 +51,63 @@ class Descent:
         Args:
             losses: one function per time, from the numbers of some paths to their losses.
         """
+        parameters = list(parameters)
+        shuffled = torch.arange(len(weights), device=weights.device)
+        if self.held_out:
+            shuffled = torch.randperm(len(weights)).to(weights.device)
+        held, rows = shuffled.tensor_split([round(self.held_out * len(weights))])
+        if not bool(weights[rows].any()):
+            return  # all that there is to learn from is held out
+        best = Best(parameters, losses, held, weights[held])
         optimiser = torch.optim.Adam(parameters, lr=self.learning_rate)
-        everything = torch.arange(len(weights), device=weights.device)
         for step in range(self.steps):
+            if step % math.ceil(self.steps / LOOKS) == 0:
+                best.look()
             for group in optimiser.param_groups:
                 group["lr"] = self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
-            rows, shares = everything, weights
-            if self.batch is not None:
-                rows = torch.multinomial(weights, self.batch, replacement=True)
-                shares = torch.full_like(rows, 1 / self.batch, dtype=weights.dtype)
-            chosen = torch.randperm(len(losses))[: self.times].tolist()
-            scale = len(losses) / len(chosen)
-            loss = sum((shares * losses[k](rows)).sum() for k in chosen) * scale
+            loss = self._loss(losses, rows, weights[rows] / weights[rows].sum())
             optimiser.zero_grad()
-            torch.as_tensor(loss).backward()
+            loss.backward()
             optimiser.step()
+        best.look()
+        best.restore()
+
+    def _loss(self, losses: Sequence[Loss], rows: Tensor, shares: Tensor) -> Tensor:
+        """The loss of some paths at some times."""
+        if self.batch is not None:
+            rows = rows[torch.multinomial(shares, self.batch, replacement=True)]
+            shares = torch.full_like(rows, 1 / self.batch, dtype=shares.dtype)
+        chosen = torch.randperm(len(losses))[: self.times].tolist()
+        scale = len(losses) / len(chosen)
+        return torch.as_tensor(sum((shares * losses[k](rows)).sum() for k in chosen) * scale)
+
+
+@dataclass
+class Best:
+    """The parameters with the least loss on the paths that are held out; without any, the last.
+
+    Attributes:
+        weights: of these paths.
+    """
+
+    parameters: Sequence[Tensor]
+    losses: Sequence[Loss]
+    held: Int64[Tensor, " row"]
+    weights: Float64[Tensor, " row"]
+    least: float = math.inf
+    kept: list[Tensor] = field(default_factory=list)
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Judges the present parameters."""
+        if not len(self.held):
+            return
+        loss = float(torch.stack([(self.weights * f(self.held)).sum() for f in self.losses]).sum())
+        if loss < self.least:
+            self.least, self.kept = loss, [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Takes back the best."""
+        for parameter, kept in zip(self.parameters, self.kept, strict=False):
+            parameter.copy_(kept)

@@ -27,9 +27,10 @@ from .descent import Descent, Loss
 from .learned import Draw, LearnedTwist, Paths
 from .linear_gaussian import Covariance, stack
 from .proposals import Move, Start, TwistedKernel
-from .steered import Steered, steerable, steered
+from .steered import Steered, SteeredWithin, steerable, steered
 
 TIMES = 4  # features of t
+FAR = 5.0  # standardised inputs end here: a network that extrapolates sends paths to infinity
 HOPELESS = -20.0  # of log psi below the average: what is further down need not be told apart
 
 
@@ -37,22 +38,31 @@ class ResidualHead(nn.Module):
     """Two hidden layers between standardised inputs and outputs that start at zero.
 
     Args:
-        inputs, outputs: how many.
+        size: d, of the states.
+        context: how many numbers are shown beside states, estimates and directions.
         width: of the hidden layers.
+        rank: how many combinations of the elements it sees and moves (None: every element). Which,
+            the first paths tell: the leading ones of the estimates and of the directions.
+
+    Attributes:
+        basis: these combinations, orthonormal, with shape ``(d, rank)``; None for every element.
     """
 
     centre: Tensor
     scale: Tensor
+    basis: Tensor | None
 
-    def __init__(self, inputs: int, outputs: int, width: int) -> None:
+    def __init__(self, size: int, context: int, width: int, rank: int | None = None) -> None:
         super().__init__()
-        self.register_buffer("centre", torch.zeros(inputs))
-        self.register_buffer("scale", torch.ones(inputs))
-        size = inputs + TIMES
+        self.size, kept = size, size if rank is None else rank
+        self.register_buffer("basis", None if rank is None else torch.zeros(size, kept))
+        self.register_buffer("centre", torch.zeros(3 * kept + context))
+        self.register_buffer("scale", torch.ones(3 * kept + context))
+        inputs = len(self.centre) + TIMES
         self.hidden = nn.Sequential(
-            nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+            nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
-        self.last = nn.Linear(width + size, outputs)
+        self.last = nn.Linear(width + inputs, kept + 1)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
@@ -61,14 +71,29 @@ class ResidualHead(nn.Module):
     ) -> Float[Tensor, "path output"]:
         angle = math.pi * time[:, None]
         times = torch.cat([time[:, None], time[:, None] ** 2, angle.cos(), angle.sin()], -1)
-        features = torch.cat([(inputs - self.centre) / self.scale, times], -1)
+        near = ((self._seen(inputs) - self.centre) / self.scale).clamp(-FAR, FAR)
+        features = torch.cat([near, times], -1)
         out: Tensor = self.last(torch.cat([self.hidden(features), features], -1))
-        return out
+        if self.basis is None:
+            return out
+        return torch.cat([out[:, :-1] @ self.basis.mT, out[:, -1:]], -1)
 
     def standardise(self, inputs: Float[Tensor, "path input"]) -> None:
-        """Fixes what is subtracted from the inputs, and what they are divided by."""
-        self.centre.copy_(inputs.mean(0))
-        self.scale.copy_(inputs.std(0).clamp(min=1e-3))
+        """Fixes the basis, what is subtracted from its inputs, and what they are divided by."""
+        if self.basis is not None:
+            estimates, directions = inputs.split(self.size, -1)[1:3]
+            estimates = estimates - estimates.mean(0)
+            both = [part / part.norm().clamp(min=1e-9) for part in (estimates, directions)]
+            self.basis.copy_(torch.svd_lowrank(torch.cat(both), self.basis.shape[1])[2])
+        seen = self._seen(inputs)
+        self.centre.copy_(seen.mean(0))
+        self.scale.copy_(seen.std(0).clamp(min=1e-3))
+
+    def _seen(self, inputs: Float[Tensor, "path input"]) -> Float[Tensor, "path seen"]:
+        if self.basis is None:
+            return inputs
+        parts = inputs[:, : 3 * self.size].split(self.size, -1)
+        return torch.cat([*(p @ self.basis for p in parts), inputs[:, 3 * self.size :]], -1)
 
 
 class ResidualTwist(LearnedTwist):
@@ -80,7 +105,8 @@ class ResidualTwist(LearnedTwist):
             denoised estimates, the direction in units of the kernel's deviation and the context,
             side by side) and t / T of shape ``(path,)``; returns u and h with shape ``(path, d +
             1)``, zero at first. It is trained in place. None: a :class:`ResidualHead`.
-        width: of the latter's layers.
+        width, rank: of the latter. In many dimensions a small rank needs fewer paths, and
+            ``Descent(held_out=0.25)`` keeps what helps other paths only.
         context: names of sites that the network sees as well: observed values, so that one network
             serves many observations, or latents.
         pseudo_count: the anchor, in paths of the base.
@@ -93,11 +119,14 @@ class ResidualTwist(LearnedTwist):
         network: nn.Module | None = None,
         *,
         width: int = 64,
+        rank: int | None = None,
         context: Sequence[str] = (),
         pseudo_count: float = 1.0,
         descent: Descent = Descent(),  # noqa: B008 (a frozen value)
     ) -> None:
-        self.base, self.network, self.width = base, network, width
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank must be at least 1 (or None: every element), but got {rank}")
+        self.base, self.network, self.width, self.rank = base, network, width, rank
         self.context, self.pseudo_count, self.descent = tuple(context), pseudo_count, descent
         self.steer = TwistedKernel()
 
@@ -132,8 +161,9 @@ class ResidualTwist(LearnedTwist):
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         if self.network is None and tensors:
-            inputs, outputs = len(tensors["centre"]), len(tensors["last.bias"])
-            self.network = ResidualHead(inputs, outputs, self.width)
+            kept = len(tensors["last.bias"]) - 1
+            size, rank = tensors["basis"].shape if "basis" in tensors else (kept, None)
+            self.network = ResidualHead(size, len(tensors["centre"]) - 3 * kept, self.width, rank)
         if self.network is not None and tensors:
             self.network.load_state_dict(tensors)
 
@@ -154,7 +184,8 @@ class ResidualTwist(LearnedTwist):
             states = {n: x.detach() for n, x in view.x.items()}
             inputs = self._inputs(states, view.kernels, value.cache, shown)
             if self.network is None:
-                head = ResidualHead(inputs.shape[1], self.size + 1, self.width)
+                rank = self.rank if self.rank and self.rank < self.size else None
+                head = ResidualHead(self.size, shown.shape[1], self.width, rank)
                 self.network = head.to(inputs.device)
             u, h = self._output(inputs, view.t)
         cache = {**value.cache, "residual": u, "value": h, "context": shown}
@@ -266,13 +297,17 @@ class ResidualTwist(LearnedTwist):
             share: what a row counts in the likelihood, given how often it is seen.
         """
         inputs = self._inputs(draw.before, draw.kernels, *self._seen(draw))
-        steered = self._steered(draw)
+        basis = self.network.basis if isinstance(self.network, ResidualHead) else None
+        steered: Steered | SteeredWithin | None = self._steered(draw)
+        if isinstance(steered, Steered) and basis is not None:
+            steered = steered.within(basis.double())
 
         def loss(rows: Tensor) -> Tensor:
             u, h = self._output(inputs[rows], draw.s + 1)
             misfit = smooth_l1_loss(h, target[rows], reduction="none")
             if steered is None:
                 return misfit
+            u = u if basis is None else u @ basis.double()
             likelihood = -steered.take(rows).log_ratio(u)
             anchored = (1 - trust) * 0.5 * u.square().sum(-1) - trust * likelihood
             return misfit + share[rows] * anchored

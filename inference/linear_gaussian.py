@@ -146,6 +146,27 @@ class TwistedStep:
         log_det = log_diagonal(total) - log_diagonal(factor)
         return plain + 0.5 * white.square().sum((-2, -1)) - log_det
 
+    def expansion(
+        self, e: Float64[Tensor, "particle d"], rows: Float64[Tensor, "some k d"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """log p(e) / q(e) as a function of c, where the direction is moved by c' rows.
+
+        Returns:
+            its value, gradient ``(particle, k)`` and Hessian ``(particle, k, k)`` at c = 0; it is
+            quadratic.
+        """
+        moved = self.covariance.times(rows)
+        gradient = (rows @ (self.shift - e)[..., None])[..., 0]
+        hessian = moved @ rows.mT
+        if self._curvature is not None:
+            slope, factor, _ = self._curvature
+            miss, seen = slope @ (e - self.shift)[..., None], slope @ moved.mT
+            white = torch.linalg.solve_triangular(factor, miss, upper=False)
+            seen = torch.linalg.solve_triangular(factor, seen, upper=False)
+            gradient = gradient - (seen.mT @ white)[..., 0]
+            hessian = hessian + seen.mT @ seen
+        return self.log_ratio(e), gradient, hessian
+
 
 def log_diagonal(factor: Tensor) -> Tensor:
     """log |L| of a triangular factor."""

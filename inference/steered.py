@@ -41,11 +41,36 @@ class Steered:
             LocalTwist(local.direction[rows], *map(cut, (local.slope, local.noise, local.total))),
         )
 
+    def within(self, basis: Float64[Tensor, "d k"]) -> "SteeredWithin":
+        """The same for directions in the span of a basis: cheap in many dimensions."""
+        step = TwistedStep(self.covariance, self.local)
+        rows = basis.mT / self.covariance.diagonal[:, None].sqrt()
+        return SteeredWithin(*step.expansion(self.noise, rows))
+
     def log_ratio(self, u: Float64[Tensor, "path d"] | float = 0.0) -> Float64[Tensor, " path"]:
         """log p - log q."""
         direction = self.local.direction + u / self.covariance.diagonal.sqrt()
         local = replace(self.local, direction=direction)
         return TwistedStep(self.covariance, local).log_ratio(self.noise)
+
+
+@dataclass(frozen=True)
+class SteeredWithin:
+    """log p - log q of a recorded draw by the coordinates of u in a basis: a quadratic function."""
+
+    value: Float64[Tensor, " path"]
+    gradient: Float64[Tensor, "path k"]
+    hessian: Float64[Tensor, "some k k"]
+
+    def take(self, rows: Tensor) -> "SteeredWithin":
+        """Some of the paths."""
+        hessian = self.hessian if len(self.hessian) == 1 else self.hessian[rows]
+        return SteeredWithin(self.value[rows], self.gradient[rows], hessian)
+
+    def log_ratio(self, u: Float64[Tensor, "path k"]) -> Float64[Tensor, " path"]:
+        """log p - log q."""
+        curved = (u[:, None] @ self.hessian @ u[..., None])[:, 0, 0]
+        return self.value + (self.gradient * u).sum(-1) + 0.5 * curved
 
 
 def steerable(
