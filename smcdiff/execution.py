@@ -260,7 +260,7 @@ def _advice(error: Exception) -> str:
 
 def _log_prob(site: Site) -> Any:
     """The law's own, and -inf outside its support, where an unchecked law says anything."""
-    log_prob = site.fn.log_prob(site.value)
+    log_prob = _summed(site.fn, site.value)
     if site.kind not in ("observed", "latent"):
         return log_prob
     try:
@@ -271,6 +271,14 @@ def _log_prob(site: Site) -> Any:
     except NotImplementedError:  # some laws do not know their support
         return log_prob
     return torch.where(inside, log_prob, -torch.inf)
+
+
+def _summed(fn: Any, value: Any) -> Any:
+    """A law's log-density, summed over its event in float64."""
+    if not isinstance(fn, torch.distributions.Independent) or not fn.reinterpreted_batch_ndims:
+        return fn.log_prob(value)
+    event = tuple(range(-fn.reinterpreted_batch_ndims, 0))
+    return _summed(fn.base_dist, value).sum(event, dtype=torch.float64)
 
 
 def _is_real(support: Any) -> bool:
