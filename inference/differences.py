@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
-from smcdiff.laws import log_density
+from smcdiff.laws import base_law, log_density
 from smcdiff.process import is_deterministic
 
 
@@ -34,7 +34,7 @@ def log_quotient(q: Distribution, p: Distribution, x: Tensor) -> Float64[Tensor,
             "one of model and guide has no variance at this step and the other has: densities "
             "cannot be compared. Give both the same variance (eta, variance=)"
         )
-    one, other = _base(q), _base(p)
+    one, other = base_law(q), base_law(p)
     if isinstance(one, torch.distributions.Normal) and isinstance(
         other, torch.distributions.Normal
     ):
@@ -46,7 +46,7 @@ def log_quotient(q: Distribution, p: Distribution, x: Tensor) -> Float64[Tensor,
 
 def usable(law: Distribution) -> bool:
     """Whether one can draw from it: a network may have returned NaN, and is blamed later."""
-    parameters = [getattr(_base(law), name, None) for name in ("loc", "scale", "logits")]
+    parameters = [getattr(base_law(law), name, None) for name in ("loc", "scale", "logits")]
     return not any(bool(p.isnan().any()) for p in parameters if isinstance(p, Tensor))
 
 
@@ -67,9 +67,3 @@ def _categorical(law: Distribution) -> bool:
 
 def _rows(terms: Tensor) -> Float64[Tensor, " particle"]:
     return terms.reshape(terms.shape[0], -1).sum(-1, dtype=torch.float64)
-
-
-def _base(law: Distribution) -> Distribution:
-    while isinstance(law, torch.distributions.Independent):
-        law = law.base_dist
-    return law

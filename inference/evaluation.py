@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from smcdiff.execution import Execution, Statement
+from smcdiff.laws import base_law
 from smcdiff.particles import Calls, map_tree
 from smcdiff.process import Kernel, Tree, check_finite
 from smcdiff.program import Program, State
@@ -305,8 +306,7 @@ def _estimates(kernel: Kernel, noise: Tensor | None, copies: int) -> Tensor:
     """Estimates of x_0 laid out draw by draw: the mean first, then draws (discrete: draws only)."""
     law = kernel.denoised
     if noise is not None and noise.shape[0] == copies:
-        while isinstance(law, torch.distributions.Independent):
-            law = law.base_dist
+        law = base_law(law)
         cumulative = law.probs.cumsum(-1)
         tokens = (cumulative < noise[..., None] * cumulative[..., -1:]).sum(-1)
         return tokens.clamp(max=cumulative.shape[-1] - 1).flatten(0, 1)

@@ -20,6 +20,7 @@ from jaxtyping import Float, Float64, Int64
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor, nn
 
+from smcdiff.laws import base_law
 from smcdiff.process import Kernel, Tree
 from smcdiff.program import Program
 from smcdiff.twist import TwistValue, View
@@ -139,8 +140,7 @@ class TokenTwist(LearnedTwist):
         return table
 
     def _logits(self, name: str, s: int, law: Distribution) -> Logits:
-        while isinstance(law, torch.distributions.Independent):
-            law = law.base_dist
+        law = base_law(law)
         if not isinstance(law, torch.distributions.Categorical):
             raise ValueError(
                 f"process {name!r} at step t = {s + 1}: its transition is a {type(law).__name__}, "
@@ -256,8 +256,6 @@ class Counts:
 
 def probabilities(kernel: Kernel) -> Float[Tensor, "*batch position token"]:
     """Those of the tokens of x_0."""
-    law = kernel.denoised
-    while isinstance(law, torch.distributions.Independent):
-        law = law.base_dist
+    law = base_law(kernel.denoised)
     probs: Tensor = law.probs
     return probs

@@ -16,6 +16,7 @@ Any other shift s is corrected by the weight, computed in difference form:
     - \tfrac12 \log\frac{|S|}{|R|}, \qquad H = K^\top R^{-1} K, \quad \Lambda = V^{-1} + H .
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,7 @@ from jaxtyping import Float64
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
-from smcdiff.laws import CovariantNormal, capacitance, thin_product
+from smcdiff.laws import CovariantNormal, base_law, capacitance, thin_product
 from smcdiff.process import is_deterministic
 
 
@@ -182,7 +183,7 @@ def log_normal(
     white = torch.linalg.solve_triangular(factor, columns, upper=False)
     solved = torch.linalg.solve_triangular(factor.mT, white, upper=True)
     white, solved = (v[0].mT if len(factor) == 1 else v[..., 0] for v in (white, solved))
-    constant = 0.5 * residual.shape[-1] * torch.log(torch.tensor(2 * torch.pi)).item()
+    constant = 0.5 * residual.shape[-1] * math.log(2 * math.pi)
     return -0.5 * white.square().sum(-1) - log_diagonal(factor) - constant, solved
 
 
@@ -209,9 +210,7 @@ def law_covariance(laws: Mapping[str, Distribution]) -> Covariance | None:
 
 
 def _is_gaussian(law: Distribution) -> bool:
-    while isinstance(law, torch.distributions.Independent):
-        law = law.base_dist
-    return isinstance(law, torch.distributions.Normal | CovariantNormal)
+    return isinstance(base_law(law), torch.distributions.Normal | CovariantNormal)
 
 
 def _covariance(law: Distribution) -> Covariance:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from smcdiff.dissection import placeholder
 from smcdiff.execution import Statement
-from smcdiff.laws import double, log_density
+from smcdiff.laws import base_law, double, log_density
 from smcdiff.process import Kernel, Tree
 from smcdiff.program import Program
 from smcdiff.reveals import EvenReveal
@@ -173,9 +173,7 @@ def _choose(where: Tensor, left: Tree, right: Tree) -> Tree:
 
 
 def _logits(law: Distribution) -> Tensor:
-    while isinstance(law, torch.distributions.Independent):
-        law = law.base_dist
-    logits: Tensor = law.logits
+    logits: Tensor = base_law(law).logits
     return logits
 
 

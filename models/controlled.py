@@ -15,6 +15,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Size, Tensor, nn
 
+from smcdiff.laws import base_law
 from smcdiff.process import Kernel, Process, Signal, Tree, is_deterministic
 
 
@@ -126,15 +127,13 @@ class Controlled(Process):
 
 
 def _mean(law: Distribution) -> Tensor:
-    while isinstance(law, torch.distributions.Independent):
-        law = law.base_dist
+    law = base_law(law)
     mean: Tensor = law.probs if isinstance(law, torch.distributions.Categorical) else law.mean
     return mean
 
 
 def _parameter(law: Distribution) -> Tensor:
-    while isinstance(law, torch.distributions.Independent):
-        law = law.base_dist
+    law = base_law(law)
     value: Tensor = law.logits if isinstance(law, torch.distributions.Categorical) else law.mean
     return value
 

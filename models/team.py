@@ -8,7 +8,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Size, Tensor
 
-from smcdiff.laws import CovariantNormal
+from smcdiff.laws import CovariantNormal, base_law
 from smcdiff.process import Kernel, Level, Process, Signal, Tree, is_deterministic
 
 
@@ -104,8 +104,7 @@ class Team(Process):
         if isinstance(law, dist.Delta):
             values = self.split(name, law.v)
             return {n: dist.Delta(v, event_dim=self.member_dim(name, n)) for n, v in values.items()}
-        while isinstance(law, torch.distributions.Independent):
-            law = law.base_dist
+        law = base_law(law)
         if isinstance(law, torch.distributions.Categorical):
             logits = law.logits.split(self.sizes, -2)
             laws = [dist.Categorical(logits=p, validate_args=False).to_event(1) for p in logits]
@@ -144,7 +143,7 @@ class Team(Process):
                 f"at {where} some processes of the Team have no variance and others have: give "
                 "them the same kind of last step (variance=, eta=)"
             )
-        bases = [_base(law) for law in laws]
+        bases = [base_law(law) for law in laws]
         if all(isinstance(b, torch.distributions.Categorical) for b in bases):
             logits = torch.cat([b.logits for b in bases], -2)
             return dist.Categorical(logits=logits, validate_args=False).to_event(1)
@@ -164,12 +163,6 @@ class Team(Process):
 
 def _flat(x: Tensor, event_dim: int) -> Tensor:
     return x.reshape(*x.shape[: x.dim() - event_dim], -1)
-
-
-def _base(law: Distribution) -> Distribution:
-    while isinstance(law, torch.distributions.Independent):
-        law = law.base_dist
-    return law
 
 
 def _low_rank(law: Distribution, event_dim: int) -> tuple[Tensor, Tensor]:

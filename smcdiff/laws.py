@@ -86,6 +86,13 @@ class CovariantNormal(TorchDistribution):
         )
 
 
+def base_law(law: Distribution) -> Distribution:
+    """The law of the elements, without the dimensions that ``to_event`` has joined."""
+    while isinstance(law, torch.distributions.Independent):
+        law = law.base_dist
+    return law
+
+
 def capacitance(diagonal: Tensor, factor: Tensor) -> Tensor:
     """The Cholesky factor of I + F' diag(a)^-1 F, which inverts diag(a) + F F' (Woodbury)."""
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
