@@ -31,6 +31,7 @@ from smcdiff.weights import check_log_weights, effective_sample_size, normalise
 from .evaluation import Evaluator
 from .proposals import Proposal, Start
 from .rejuvenation import Rejuvenation
+from .resuming import mark
 from .streams import restore_streams, stream_states
 
 
@@ -121,22 +122,6 @@ class Engine:
             state = self.step(state)
             yield state
 
-    def accept(self, state: Particles) -> None:
-        """Checks that a saved state belongs to this program and these settings."""
-        shapes = {n: tuple(x.shape[len(self.axes) :]) for n, x in state.x.items()}
-        if state.axes != self.axes or set(state.x) != set(self.program.processes):
-            raise ValueError(
-                f"the saved run has axes {state.axes} and processes {shapes}, but this one has "
-                f"axes {self.axes} and processes {sorted(self.program.processes)}: resume with the "
-                "program and settings that it was started with"
-            )
-        started = state.history[0].t if state.history else state.t
-        if started != self.program.num_steps:
-            raise ValueError(
-                f"the saved run has {started} steps, but this program {self.program.num_steps}: "
-                "resume with the processes that it was started with"
-            )
-
     # ------------------------------------------------------------------------------------ t = T
 
     def start(self) -> Particles:
@@ -198,6 +183,7 @@ class Engine:
             log_norm=torch.zeros(runs, dtype=torch.float64, device=weights.device),
             roots=own,
             cache=self._unflatten(cache),
+            mark=mark(self.program),
         )
         before = effective_sample_size(log_weights)
         never = torch.zeros(runs, dtype=torch.bool, device=weights.device)

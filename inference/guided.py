@@ -65,7 +65,7 @@ class GuidedProposal(Proposal):
 
     def latents(self, batch: int, problems: Tensor | None) -> tuple[dict[str, Tensor], Any]:
         with torch.no_grad():
-            execution = self.program.execute(_at_start, {}, batch, problems)
+            execution = self.program.execute(at_start, {}, batch, problems)
             values = {n: execution.sites[n].value for n in self.program.latents}
             return values, execution.log_joint(set(values))
 
@@ -171,6 +171,7 @@ def _members(program: Program) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _at_start(statement: Statement) -> Tensor:
+def at_start(statement: Statement) -> Tensor:
+    """A draw of x_T, or something shaped like x_0 where that has another shape or kind."""
     x = draw(statement.process.initial(**statement.context), statement.batch)
     return placeholder(statement, x)

@@ -26,6 +26,7 @@ from smcdiff.program import Program
 from . import ranks
 from .differences import log_quotient, usable
 from .guided import GuidedProposal
+from .streams import stream_untouched
 from .trajectories import Laws, Opening, Plan, States, Trajectories
 
 
@@ -83,7 +84,7 @@ class Pair:
         """The guide's parameters by name, unconstrained: what a run of it meets."""
         batch = (self.model.num_problems or 1) * ranks.place()[1]
         plan = Plan(self.num_steps, lambda q, p: q)
-        with torch.no_grad(), ranks.stream_untouched(), poutine.trace(param_only=True) as seen:
+        with torch.no_grad(), stream_untouched(), poutine.trace(param_only=True) as seen:
             self.walk(plan, batch, ())
         self.take_calls()
         return leaves(seen.trace)

@@ -4,8 +4,7 @@ Random numbers are drawn for the whole batch in every process, which keeps its o
 the run of several processes is that of one, and the streams stay together.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
@@ -87,10 +86,3 @@ def same_streams(device: torch.device) -> None:
         states = [stream_states(device)]
         distributed.broadcast_object_list(states)  # the streams' states are on the CPU always
         restore_streams(states[0], device)
-
-
-@contextmanager
-def stream_untouched() -> Iterator[None]:
-    """What is drawn inside leaves no trace in torch's random stream."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        yield

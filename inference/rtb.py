@@ -37,6 +37,7 @@ from .pair import Pair, leaves
 from .replay_buffer import ReplayBuffer, Terminals
 from .residuals import ResidualLoss, Update, group_reduce
 from .rtb_files import read, write
+from .streams import stream_untouched
 from .trajectories import Plan, Trajectories
 
 
@@ -308,12 +309,11 @@ class RelativeTrajectoryBalance:
         if self.pair is not None and len(given) == len(self._arguments):
             if all(a is b for a, b in zip(given, self._arguments, strict=True)):
                 return self.pair
-        with ranks.stream_untouched():
+        with stream_untouched():
             pair = Pair(self.model, self.guide, args, kwargs, self.per_problem)
             if self.pair is None:
                 self._begin(pair)
-        if self.pair is None:
-            ranks.same_streams(pair.model.device)
+        ranks.same_streams(pair.model.device)
         self.pair, self._arguments = pair, given
         return pair
 

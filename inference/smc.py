@@ -20,6 +20,7 @@ from .engine import Engine, Settings
 from .guided import GuidedProposal
 from .proposals import FromKernel, Proposal, TwistedKernel
 from .rejuvenation import Rejuvenation
+from .resuming import check_resumable
 
 SMOOTHING = 0.7  # benchmarks/mixtures.py: the worst effective sample size rises from .01 to .3
 
@@ -102,7 +103,7 @@ class ParticleMethod(ABC):
         start = None
         if resume and checkpoint is not None and Path(checkpoint).exists():
             start = Particles.load(checkpoint, engine.program.device)
-            engine.accept(start)
+            check_resumable(start, engine.program, engine.axes)
         state = start
         with tqdm(total=engine.program.num_steps, disable=not progress, unit="step") as bar:
             for state in engine.iterate(start):

@@ -1,5 +1,8 @@
 """Torch's random streams, that of the CPU and that of a device: kept, and put back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -19,3 +22,10 @@ def restore_streams(states: Streams, device: torch.device) -> None:
     torch.set_rng_state(states["cpu"].cpu())
     if "cuda" in states and device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
+
+
+@contextmanager
+def stream_untouched() -> Iterator[None]:
+    """What is drawn inside leaves no trace in torch's random stream."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        yield

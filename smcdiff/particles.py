@@ -90,6 +90,9 @@ class Particles:
             gradients, memory), a tree of tensors with ``axes`` in front: gathered with the rest.
         history: one :class:`Step` per step so far.
         rng: the state of torch's random stream (and of its device).
+        weighted: whether the weights are valid.
+        mark: the program's log-density at one fixed point per problem, by which a checkpoint knows
+            other data.
     """
 
     t: int
@@ -102,6 +105,7 @@ class Particles:
     history: tuple[Step, ...] = ()
     rng: dict[str, Tensor] | None = None
     weighted: bool = True
+    mark: Float64[Tensor, " problem"] | None = None
 
     @property
     def axes(self) -> tuple[int, ...]:

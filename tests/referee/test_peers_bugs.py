@@ -293,7 +293,7 @@ def test_select_moves_every_tensor_of_a_particle(name):
     where = torch.tensor([True, True, False])
     moved = state.select(ancestors, where)
     ancestors[2] = torch.arange(5)
-    rest = {f.name for f in fields(state)} - {"history", "rng", "t", "weighted"}
+    rest = {f.name for f in fields(state)} - {"history", "rng", "t", "weighted", "mark"}
     rest -= {"log_weights", "log_norm"}  # these change their meaning
     assert rest == {"x", "latents", "roots", "cache"}
     for field in rest:

@@ -88,7 +88,7 @@ def test_checkpoints_hold_tensors_and_no_code(tmp_path):
 
 def program(y=0.3, prior=None):
     x = (prior or network())("x")
-    pyro.sample("y", dist.Normal(x.sum((-1, -2)), 1.0), obs=torch.tensor(y))
+    pyro.sample("y", dist.Normal(x.sum((-1, -2)), 1.0), obs=torch.as_tensor(y))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,16 @@ def test_the_checkpoint_of_another_run_is_refused(change, match, tmp_path):
     other = SMC(**{**settings, **change})
     with pytest.raises(ValueError, match=match):
         other.run(checkpoint=tmp_path / "run", resume=True)
+
+
+def test_other_data_are_refused(tmp_path):
+    for problems, y in (((), 0.3), (("y",), torch.tensor([0.3, 0.5]))):
+        method, file = SMC(program, num_particles=4, per_problem=problems), tmp_path / "run"
+        first = method.run(y, checkpoint=file)
+        again = method.run(y, checkpoint=file, resume=True)
+        assert again.log_evidence.equal(first.log_evidence)
+        with pytest.raises(ValueError, match="other data, or to another program"):
+            method.run(y + 0.1, checkpoint=file, resume=True)
 
 
 def test_files_of_others_are_refused(tmp_path):
