@@ -15,8 +15,10 @@ from smcdiff.inference import (
     GaussianKernels,
     QuadraticTwist,
     ResidualTwist,
+    StringTwist,
     TokenTwist,
 )
+from smcdiff.inference.learned_strings import StringNetwork
 from smcdiff.models import (
     Chain,
     ClassifierFree,
@@ -208,6 +210,19 @@ def tokens() -> TokenTwist:
     table = torch.tensor([[0.1, -0.3, 0.2, 0.4], [0.0, 0.3, 0.1, -0.2]]).double()
     twist.restore({f"w/{s}": table for s in range(2)})
     return twist
+
+
+def strings() -> StringTwist:
+    """Biases and scalars of whole strings, as if they had been learned."""
+
+    def build(vocabulary: int) -> StringNetwork:
+        network = StringNetwork(vocabulary, 4, 1)
+        for parameter in network.parameters():
+            wave = torch.arange(parameter.numel(), dtype=parameter.dtype).sin()
+            parameter.data = 0.3 * wave.reshape(parameter.shape)
+        return network
+
+    return StringTwist(build=build)
 
 
 def relaxed(probabilities: dict[str, Tensor]) -> Tensor:

@@ -43,6 +43,7 @@ from .kinds import (
     network,
     quadratic,
     residual,
+    strings,
     tilt,
     tokens,
 )
@@ -75,6 +76,7 @@ PROPOSALS: dict[str, Callable[[], Proposal]] = {
     "PowerTwist": lambda: PowerTwist(begin=0.7),
     "QuadraticTwist": quadratic,
     "ResidualTwist": residual,
+    "StringTwist": strings,
     "TiltedTokens": lambda: TiltedTokens(0.7),
     "TokenTwist": tokens,
 }

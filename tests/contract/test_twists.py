@@ -30,7 +30,7 @@ from smcdiff.inference import (
 from smcdiff.particles import flatten_tree
 
 from ..oracles import moments
-from .kinds import Bend, kernels, masked, network, quadratic, relaxed, residual, tokens
+from .kinds import Bend, kernels, masked, network, quadratic, relaxed, residual, strings, tokens
 from .structures import STRUCTURES, Pieces
 from .test_any_program import SIZES, check
 
@@ -54,6 +54,7 @@ TWISTS: dict[str, Callable[[], Twist]] = {
     "RelaxedLikelihood": lambda: RelaxedLikelihood(relaxed),
     "ResidualTwist": residual,
     "ResidualTwist, alone": lambda: ResidualTwist(None, Bend()),
+    "StringTwist": strings,
     "TokenTwist": tokens,
 }
 PROPOSALS: dict[str, Callable[[], Proposal]] = {
