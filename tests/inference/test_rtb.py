@@ -147,6 +147,10 @@ GUIDES = {
     "head": (network, headed),
     "head, deterministic end": (lambda: network("small"), headed),
     "start, variance, Langevin": (network, langevin),
+    "variances by element": (
+        network,
+        lambda prior: headed(prior, scale=LearnedScale(prior.num_steps, shape=(2,))),
+    ),
     "flow": (flow, headed),
     "copy of a flow": (flow, Finetuned),
     "copy of a masked network": (masked, Finetuned),
