@@ -69,10 +69,18 @@ def summarise(posterior: "Posterior") -> Summary:
         title += f", {_count(posterior.num_gradient_calls, 'gradient call')}"
     diagnosis = diagnose(posterior)
     facts = [("log evidence", text) for text in _evidence(posterior)]
+    if _unweighed(posterior):
+        facts.append(("note", "nothing is observed, and no factor weighs: this is the prior"))
     facts += [("weights", _weights(diagnosis))] if diagnosis.weighted else []
     facts += _verdict(diagnosis)
     rows = [row for site in posterior.samples for row in _rows(posterior, site)]
     return Summary(title, tuple(_label_once(facts)), tuple(rows))
+
+
+def _unweighed(posterior: "Posterior") -> bool:
+    """Whether the program weighs nothing (perhaps an ``obs=`` was forgotten)."""
+    sites = None if posterior.program is None else posterior.program.likelihoods.values()
+    return sites is not None and not {site.kind for site in sites} & {"observed", "factor"}
 
 
 def _evidence(posterior: "Posterior") -> list[str]:

@@ -111,8 +111,8 @@ MUTANTS = (
     Mutant(
         "a guide's p / q",
         "inference/guided.py",
-        "return Move({n: v.to(like[n].dtype) for n, v in x.items()}, total)",
-        "return Move({n: v.to(like[n].dtype) for n, v in x.items()}, 0.0 * total)",
+        "return Move(x, torch.stack(ratios).sum(0))",
+        "return Move(x, 0.0 * torch.stack(ratios).sum(0))",
         (GUIDE,),
     ),
     Mutant(

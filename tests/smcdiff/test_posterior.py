@@ -8,6 +8,7 @@ import torch
 
 from smcdiff.averages import draw, expectation
 from smcdiff.evidence import combine_runs, relative_variance
+from smcdiff.inference import SMC
 from smcdiff.particles import Particles
 from smcdiff.posterior import Posterior
 from smcdiff.program import Program
@@ -312,6 +313,13 @@ def test_summary_says_what_matters():
     found = posterior.expectation("noise")
     row = next(line for line in text.splitlines() if line.startswith("noise"))
     assert row.split()[1:3] == [f"{float(v):.4g}" for v in (found.mean, found.sd)]
+
+
+def test_summary_of_a_program_that_observes_nothing():
+    prior = ex.gaussian_prior(2)
+    text = str(SMC(lambda: prior("x"), num_particles=3).run().summary())
+    assert "nothing is observed, and no factor weighs: this is the prior" in text
+    assert "nothing is observed" not in str(ex.bootstrap(model=ex.noisy).summary())
 
 
 def test_summary_warns_of_disagreeing_runs():
