@@ -145,7 +145,7 @@ class TokenTwist(LearnedTwist):
             raise ValueError(
                 f"process {name!r} at step t = {s + 1}: its transition is a {type(law).__name__}, "
                 "but biases need positions that change independently, each with a categorical law: "
-                "use MaskedDiffusion(reveal='independent')"
+                "use a StringTwist, or MaskedDiffusion(reveal='independent')"
             )
         logits: Tensor = law.logits.double().log_softmax(-1)
         if bool(logits.isnan().any()):
