@@ -63,8 +63,8 @@ def test_a_learned_twist_finds_what_is_rare(kind):
     pyro.set_rng_seed(0)
     method = TrustRegionTwistedSMC(
         model,
-        ResidualTwist(width=32, descent=Descent(100, 128, None, 1e-2)),
-        num_iterations=5,
+        ResidualTwist(width=32, descent=Descent(100, 128, 4, 1e-2)),
+        num_iterations=8,
         learning_particles=500,
         num_particles=50,
         num_runs=60,
@@ -72,6 +72,9 @@ def test_a_learned_twist_finds_what_is_rare(kind):
     learned = method.run().particles
     assert abs(z_of_evidence(learned, truth)) < BOUND
     size = {"num_particles": 50, "num_runs": 60}
-    analytic = finish(TwistedSMC(model, proposal="kernel", **size))
-    assert abs(z_of_evidence(analytic, truth)) < BOUND
-    assert share(learned) > 1.2 * share(analytic)
+    analytic = TwistedSMC(model, proposal="kernel", **size)
+    whole = TwistedSMC(model, proposal="kernel", ess_threshold=0.0, **size)
+    assert abs(z_of_evidence(finish(whole), truth)) < BOUND  # resampled, few runs carry the mean
+    rival = finish(analytic)
+    assert share(learned) > 1.2 * share(rival)
+    assert float(learned.log_evidence.std()) < 0.5 * float(rival.log_evidence.std())
