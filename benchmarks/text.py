@@ -10,8 +10,9 @@ Z, every marginal and exact draws follow by dynamic programming.
 * learned: `StringTwist` by trust regions (at first psi = 1), then a run on fresh particles; its
   sweeps count among its calls, and all other rows get as many;
 * learned scalar: what that run has learned, as a twist of the model's own transitions;
-* FK: intermediate rewards from four draws of x_0, resampled at every step; "nested" keeps one of
-  eight candidates by the same look-ahead; "draws of x_0" is `TwistedSMC` without gradients;
+* FK: intermediate rewards from four draws of x_0, resampled at every step; "draws of x_0" is the
+  same with adaptive resampling and smoothed weights, as in `TwistedSMC`; "nested" keeps one of
+  eight candidates by it;
 * learned table: `TokenTwist`, and beside it a bootstrap, on 32 steps that reveal letters
   independently: log Z and marginals of that chain are not exactly those of the data.
 
@@ -44,7 +45,6 @@ from smcdiff.inference import (
     StringTwist,
     TokenTwist,
     TrustRegionTwistedSMC,
-    TwistedSMC,
 )
 from smcdiff.inference.descent import Descent
 from smcdiff.models import MarkovDenoiser, MaskedDiffusion, contains
@@ -136,7 +136,7 @@ def contestants(
         "num_runs": runs,
     }
     pyro.set_rng_seed(seed)
-    learned = StringTwist(descent=Descent(arguments.descent, 64, 4, 5e-3))
+    learned = StringTwist(descent=Descent(arguments.descent, 64, 4, 5e-3, held_out=0.25))
     method = TrustRegionTwistedSMC(model, learned, **settings)
     result = finish(method)
     yield "learned", result
@@ -150,7 +150,8 @@ def contestants(
     every = {"ess_threshold": 1.0, **common}
     yield "FK difference", finish(SMC(model, twist=draws("difference"), **every))
     yield "FK max", finish(SMC(model, twist=draws("max"), **every))
-    yield "draws of x_0", finish(TwistedSMC(model, proposal="kernel", **common))
+    smooth = {"smoothing": 0.7, **common}
+    yield "draws of x_0", finish(SMC(model, twist=draws("difference"), **smooth))
     few = {"num_runs": runs, "num_particles": max(number * NAME_LENGTH // looks, 1)}
     nested = NestedProposal(CANDIDATES)
     yield "nested", finish(SMC(model, twist=draws("difference"), proposal=nested, **few))

@@ -138,7 +138,7 @@ def contestants(task: Task, string: Tensor) -> Iterator[tuple[str, list[float]]]
         log_z = float(posterior.log_evidence.logsumexp(0)) - math.log(RUNS)
         return row(posterior, calls, target - log_z)
 
-    learned = StringTwist(descent=Descent(60, 64, None, 5e-3))
+    learned = StringTwist(descent=Descent(60, 64, None, 5e-3, held_out=0.25))
     common = {"num_particles": size, "num_runs": RUNS}
     method = TrustRegionTwistedSMC(model, learned, num_iterations=3, **common)
     posterior = method.run()

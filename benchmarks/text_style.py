@@ -98,7 +98,7 @@ def contestants(
         pyro.factor("style", nn.functional.logsigmoid(odds - arguments.margin))
 
     pyro.set_rng_seed(seed)
-    learned = StringTwist(descent=Descent(80, 32, 4, 5e-3))
+    learned = StringTwist(descent=Descent(80, 32, 4, 5e-3, held_out=0.25))
     method = TrustRegionTwistedSMC(
         model,
         learned,

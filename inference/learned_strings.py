@@ -110,7 +110,7 @@ class StringTwist(LearnedTwist):
         build: Build | None = None,
         pseudo_count: float = 1.0,
         defensive: float = 0.1,
-        descent: Descent = Descent(200, 128, 4),  # noqa: B008 (a frozen value)
+        descent: Descent = Descent(200, 128, 4, held_out=0.25),  # noqa: B008 (a frozen value)
     ) -> None:
         self.base, self.build, self.descent = base, build or StringNetwork, descent
         self.pseudo_count, self.defensive = pseudo_count, defensive
