@@ -137,7 +137,8 @@ def _check_roots(d: Diagnosis) -> Iterator[Finding]:
     total = d.num_particles * d.num_runs
     advice = "use more particles or runs"
     if total >= 2 * FEW_ROOTS:
-        advice += ", or look further ahead: TwistedSMC with covariance='jacobian', else 'scalar'"
+        advice += ", resample less (ess_threshold=0.25), or look further ahead: TwistedSMC, or a "
+        advice += "twist that learns (TrustRegionTwistedSMC)"
     yield Finding(
         "failed" if d.independent_particles < HOPELESS_ROOTS else "doubtful",
         f"the answer rests on {d.independent_particles:.1f} independent particles (effective "
@@ -152,7 +153,7 @@ def _check_evidence(d: Diagnosis) -> Iterator[Finding]:
             "failed" if d.spread >= HOPELESS_SPREAD else "doubtful",
             f"log Z differs between runs: its standard deviation is {d.spread:.2g} (below {SPREAD} "
             "is wanted), so they may have found different modes",
-            "use more particles per run, or temper the likelihood",
+            "use more particles per run",
         )
     if d.num_runs == 1 and not d.standard_error < ERROR:
         yield Finding(
@@ -169,10 +170,11 @@ def _check_collapse(d: Diagnosis) -> Iterator[Finding]:
     if d.smallest_ess_at == d.num_steps:
         advice = "draw x_T from the twisted law: TwistedSMC with proposal='conjugate'"
     elif d.smallest_ess_at <= 0.1 * d.num_steps:
-        advice = "take smaller steps near the data, temper the likelihood, or choose "
-        advice += "covariance='jacobian'"
+        advice = "take smaller steps near the data (a prior with spacing='karras'), and question a "
+        advice += "noise scale that is very small"
     else:
-        advice = "choose covariance='jacobian' or 'scalar' for the twist, or use more particles"
+        advice = "look ahead with TwistedSMC, with covariance='jacobian' if observations are few, "
+        advice += "or use more particles"
     yield Finding(
         "doubtful",
         f"the effective sample size fell to {d.smallest_ess:.1%} of {d.num_particles} particles at "
