@@ -151,7 +151,7 @@ class InferenceCompilation:
         rows = torch.randint(self.num_paths, (self.num_particles,))
         with poutine.trace(param_only=True) as seen, torch.enable_grad():
             loss = -self._log_ratio(rows).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         parameters = [p for p in leaves(seen.trace).values() if p.grad is not None]
         if self.max_gradient_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.max_gradient_norm)
