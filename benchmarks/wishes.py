@@ -1,6 +1,6 @@
 r"""Wishes for rare digits: every way of steering a frozen prior, at equal network calls.
 
-    python benchmarks/wishes.py                                  # 8x8 digits
+    python benchmarks/wishes.py --particles 4 16 64              # 8x8 digits: a few minutes
     python benchmarks/wishes.py --dataset mnist --particles 4 16 --seeds 3
 
 A wish is a digit, in the eyes of the guide, with a slant and an amount of ink that are rare in it,
@@ -177,7 +177,7 @@ def learner(setting: Setting, learned: LearnedTwist, number: int) -> TrustRegion
 
 
 def residual() -> ResidualTwist:
-    """A residual that hundreds of numbers and few paths determine, in seconds."""
+    """A residual for few paths: four directions, and some paths that only judge."""
     descent = Descent(steps=60, batch=64, times=4, held_out=0.25)
     return ResidualTwist(DenoisedLikelihood(), rank=4, descent=descent)
 
