@@ -11,8 +11,8 @@ the curve `training/text_curve.json`, and with `--measure` `training/text.json`;
 `--checkpoints`. Nothing is trained on the parts "validation" and "test".
 
 The weights that ship took two trainings, from nothing and `--further`, on a share of one core:
-names 22 and 12 minutes, text 66 and 75 minutes. Both were still improving, and counts of short contexts
-predict single characters better (`ngram_bits_per_character`): `--further` goes on.
+names 22 and 12 minutes, text 66 and 75 minutes. Both were still improving, and counts of short
+contexts predict single characters better (`ngram_bits_per_character`): `--further` goes on.
 """
 
 import argparse

@@ -89,6 +89,18 @@ def test_its_derivative_is_tau_times_the_variance():
     assert float(slope) == pytest.approx(float(0.4 * variance), abs=1e-9)
 
 
+@pytest.mark.parametrize("epsilon", [0.05, 0.5, 2.0])
+def test_skewed_log_weights_find_the_exponent_that_a_fine_grid_finds(epsilon):
+    """A few samples a thousand nats below the rest, some of them impossible, mislead no search."""
+    torch.manual_seed(0)
+    logs = -(2 * torch.randn(3, 400, dtype=torch.float64)).exp()
+    logs[:, ::50] = -math.inf
+    grid = [k / 5000 for k in range(5001)]
+    inside = torch.stack([divergence(logs, tau) <= epsilon for tau in grid])
+    found = TrustRegion(epsilon).exponent(logs)
+    assert (found - (inside.sum(0) - 1) / 5000).abs().max() <= 1 / 5000
+
+
 @pytest.mark.parametrize("share", [0.3, 0.9])
 def test_an_effective_sample_size_can_be_asked_for(share):
     log_weights = torch.randn(100, generator=torch.Generator().manual_seed(2)).double() * 20

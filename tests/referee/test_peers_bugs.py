@@ -1,6 +1,7 @@
 """What went wrong in the public codes of others, each once, so that it does not go wrong here.
 
-Adaptive tempering is not offered and has no test; schedules are checked in tests/models.
+Adaptive tempering is the trust region's exponent (tests/inference/test_escort.py: impossible and
+skewed weights); schedules are checked in tests/models.
 """
 
 import copy
