@@ -95,7 +95,9 @@ class DenoisedLikelihood(Twist):
             n for n in program.likelihoods if n not in self.sites and n not in upstream
         )
         followed = set().union(*(program.likelihoods[n].parents for n in self.others))
-        self._averages = bool(followed & set(program.processes))
+        # What depends on tokens may have looked constant at those that the program was tried with.
+        discrete = any(source.discrete for source in program.sources.values())
+        self._averages = bool(followed & set(program.processes)) or (discrete and bool(self.others))
         self.operator, size = None, 0
         if self.sites:
             self.operator, size = constant_operator(program, self.sites, self.names)

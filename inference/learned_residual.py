@@ -31,6 +31,7 @@ from .steered import Steered, SteeredWithin, steerable, steered
 
 TIMES = 4  # features of t
 FAR = 5.0  # standardised inputs end here: a network that extrapolates sends paths to infinity
+MANY, FEW = 16, 4  # dimensions that need a basis, and what it has (benchmarks/wishes.py, mixtures)
 HOPELESS = -20.0  # of log psi below the average: what is further down need not be told apart
 
 
@@ -105,12 +106,14 @@ class ResidualTwist(LearnedTwist):
             denoised estimates, the direction in units of the kernel's deviation and the context,
             side by side) and t / T of shape ``(path,)``; returns u and h with shape ``(path, d +
             1)``, zero at first. It is trained in place. None: a :class:`ResidualHead`.
-        width, rank: of the latter. In many dimensions a small rank needs fewer paths, and
-            ``Descent(held_out=0.25)`` keeps what helps other paths only.
+        width: of the latter's layers.
+        rank: in how many directions it sees and moves the states (None: in all of up to 16, and in
+            four of more: hundreds of paths say nothing about thousands of weights).
         context: names of sites that the network sees as well: observed values, so that one network
             serves many observations, or latents.
         pseudo_count: the anchor, in paths of the base.
-        descent: how the network is trained.
+        descent: how the network is trained (None: as :class:`Descent` does, and where the rank is
+            less than d only as far as a quarter of the paths, held out, agree).
     """
 
     def __init__(
@@ -122,10 +125,10 @@ class ResidualTwist(LearnedTwist):
         rank: int | None = None,
         context: Sequence[str] = (),
         pseudo_count: float = 1.0,
-        descent: Descent = Descent(),  # noqa: B008 (a frozen value)
+        descent: Descent | None = None,
     ) -> None:
         if rank is not None and rank < 1:
-            raise ValueError(f"rank must be at least 1 (or None: every element), but got {rank}")
+            raise ValueError(f"rank must be at least 1 (or None: by the dimension), but got {rank}")
         self.base, self.network, self.width, self.rank = base, network, width, rank
         self.context, self.pseudo_count, self.descent = tuple(context), pseudo_count, descent
         self.steer = TwistedKernel()
@@ -184,12 +187,15 @@ class ResidualTwist(LearnedTwist):
             states = {n: x.detach() for n, x in view.x.items()}
             inputs = self._inputs(states, view.kernels, value.cache, shown)
             if self.network is None:
-                rank = self.rank if self.rank and self.rank < self.size else None
-                head = ResidualHead(self.size, shown.shape[1], self.width, rank)
-                self.network = head.to(inputs.device)
+                self.network = self._head(shown.shape[1]).to(inputs.device)
             u, h = self._output(inputs, view.t)
         cache = {**value.cache, "residual": u, "value": h, "context": shown}
         return TwistValue(value.log_psi + h, cache, value.memory)
+
+    def _head(self, context: int) -> ResidualHead:
+        rank = self.rank or (self.size if self.size <= MANY else FEW)
+        with torch.random.fork_rng([]):  # the run's own draws are the same the next time
+            return ResidualHead(self.size, context, self.width, rank if rank < self.size else None)
 
     def start(self, start: Start) -> Move:
         return self.steer.start(start)
@@ -288,7 +294,9 @@ class ResidualTwist(LearnedTwist):
             target = target - weights @ torch.where(weights > 0, target, 0.0)
             losses.append(self._loss(draw, target.clamp(min=HOPELESS), weights / seen, trust))
         if self.network is not None:
-            self.descent.minimise(self.network.parameters(), losses, seen)
+            partly = getattr(self.network, "basis", None) is not None
+            descent = self.descent or Descent(held_out=0.25 if partly else 0.0)
+            descent.minimise(self.network.parameters(), losses, seen)
 
     def _loss(self, draw: Draw, target: Tensor, share: Tensor, trust: float) -> Loss:
         """The anchored negative log-likelihood of one draw, and the misfit of log psi.

@@ -36,7 +36,7 @@ from .learned import LearnedTwist, record
 from .learned_joint import JointTwist
 from .proposals import Proposal
 from .replay import PerPath, Pool
-from .smc import ParticleMethod
+from .smc import SMOOTHING, ParticleMethod
 from .streams import restore_streams, stream_states
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class TrustRegionTwistedSMC(ParticleMethod):
             the paths to the target, whatever the trust region says.
         good_ess: see ``num_iterations``; a share.
         num_particles, num_runs, ess_threshold, resampler, chunk_size, smoothing: of the final run
-            (:class:`Settings`).
+            (:class:`Settings`); what has been learned is a guess as well, so weights are smoothed.
         per_problem: arguments with one row per problem; all problems share what is learned.
 
     Attributes:
@@ -119,7 +119,7 @@ class TrustRegionTwistedSMC(ParticleMethod):
         ess_threshold: float = 0.5,
         resampler: str = "systematic",
         chunk_size: int | None = None,
-        smoothing: float = 0.0,
+        smoothing: float = SMOOTHING,
         per_problem: Sequence[str] | Mapping[str, int] = (),
     ) -> None:
         settings = Settings(
