@@ -15,7 +15,7 @@ from torch import Tensor
 from smcdiff.dissection import draw, placeholder
 from smcdiff.execution import Statement
 from smcdiff.laws import log_density
-from smcdiff.process import Kernel, Process, Tree, is_deterministic
+from smcdiff.process import Context, Kernel, Process, Tree, is_deterministic
 from smcdiff.program import Program
 from smcdiff.twist import View
 
@@ -98,7 +98,7 @@ class GuidedProposal(Proposal):
         def state(statement: Statement) -> Tensor:
             name, process = statement.name, statement.process
             x = process.join(name, {m: members[m] for m in process.members(name)})
-            shared = self._shared(process, view)
+            shared = self._shared(process, statement.context, view)
             if shared is None:
                 evaluations[name] = process.evaluate(x, view.t, **statement.context)
                 view.spend(view.batch * process.calls(view.t))
@@ -137,6 +137,9 @@ class GuidedProposal(Proposal):
             name: process.join(name, {m: members[m] for m in process.members(name)})
             for name, process in self.model.processes.items()
         }
+        for name, law in model_laws.items():
+            if is_deterministic(law):  # a point is the model's own, wherever the guide would put it
+                x[name] = law.mean.to(x[name].dtype).expand_as(x[name])
         laws = (*model_laws.values(), *guide_laws.values())
         if set(model_laws) == set(guide_laws):
             ratios = [log_ratio(law, guide_laws[n], x[n]) for n, law in model_laws.items()]
@@ -147,10 +150,10 @@ class GuidedProposal(Proposal):
             ratios += [-log_density(law, draws[n]) for n, law in guide_laws.items()]
         return Move(x, torch.stack(ratios).sum(0))
 
-    def _shared(self, process: Process, view: View) -> Tree | None:
+    def _shared(self, process: Process, context: Context, view: View) -> Tree | None:
         """The model's evaluation that this guide process builds on, if there is one."""
         for name, other in self.model.processes.items():
-            if process.shares is not None and process.shares is other:
+            if process.extends(other, view.contexts[name], context):
                 return view.evaluations[name]
         return None
 

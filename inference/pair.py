@@ -20,7 +20,7 @@ from torch import Tensor
 from smcdiff.dissection import placeholder
 from smcdiff.execution import Execution, Statement
 from smcdiff.particles import Calls, flatten_tree
-from smcdiff.process import Process, Tree, is_deterministic
+from smcdiff.process import Context, Process, Tree, is_deterministic
 from smcdiff.program import Program
 
 from . import ranks
@@ -69,7 +69,7 @@ class Pair:
         with torch.enable_grad(), poutine.trace(param_only=True) as seen:
             opening = self.open(self.model, latents, problems, batch)
             x = {m: law.mean.detach() for m, law in opening.laws.items()}
-            evaluations = self._evaluate(self.model, self.num_steps, x, opening.contexts, {})
+            evaluations = self._evaluate(self.model, self.num_steps, x, opening.contexts)
         own = sorted(seen.trace.nodes)
         tensors = {name: flatten_tree(tree)[0].values() for name, tree in evaluations.items()}
         moving = [name for name, found in tensors.items() if any(v.requires_grad for v in found)]
@@ -263,33 +263,36 @@ class Pair:
         model, guide = openings
         with torch.no_grad():
             p = self._kernels(self.model, t, x, model.contexts, evaluations)
-        own = self._evaluate(self.guide, t, x, guide.contexts, evaluations)
+        shared = {n: (model.contexts[n], evaluation) for n, evaluation in evaluations.items()}
+        own = self._evaluate(self.guide, t, x, guide.contexts, shared)
         return p, self._kernels(self.guide, t, x, guide.contexts, own)
 
     @torch.no_grad()
     def _unsteered(self, t: int, x: States, model: Opening) -> Tree:
         """The outputs of the model's networks at x_t."""
-        return self._evaluate(self.model, t, x, model.contexts, {})
+        return self._evaluate(self.model, t, x, model.contexts)
 
     def _evaluate(
-        self, program: Program, t: int, x: States, contexts: dict[str, Any], shared: Tree
+        self,
+        program: Program,
+        t: int,
+        x: States,
+        contexts: dict[str, Any],
+        shared: Mapping[str, tuple[Context, Tree]] | None = None,
     ) -> Tree:
         """The networks' outputs at x_t, built on the model's where they can be."""
         evaluations = {}
         for name, process in self._of(program):
             state = process.join(name, {m: x[m] for m in process.members(name)})
-            origin = self._origin(process, shared)
-            if origin is None:
-                evaluations[name] = process.evaluate(state, t, **contexts[name])
-                self.calls += Calls(network=len(state) * process.calls(t))
+            context = contexts[name]
+            for origin, (theirs, evaluation) in (shared or {}).items():
+                if process.extends(self.model.processes[origin], theirs, context):
+                    evaluations[name] = process.extend(evaluation, state, t, **context)
+                    break
             else:
-                evaluations[name] = process.extend(shared[origin], state, t, **contexts[name])
+                evaluations[name] = process.evaluate(state, t, **context)
+                self.calls += Calls(network=len(state) * process.calls(t))
         return evaluations
-
-    def _origin(self, process: Process, shared: Tree) -> str | None:
-        """The model's process whose evaluation this one builds upon, if it is at hand."""
-        found = [n for n, p in self._of(self.model) if p is process.shares and n in shared]
-        return found[0] if found else None
 
     def _kernels(
         self, program: Program, t: int, x: States, contexts: dict[str, Any], evaluations: Tree

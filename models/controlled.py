@@ -16,7 +16,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Size, Tensor, nn
 
 from smcdiff.laws import base_law
-from smcdiff.process import Kernel, Process, Signal, Tree, is_deterministic
+from smcdiff.process import Context, Kernel, Process, Signal, Tree, is_deterministic
 
 
 class Controlled(Process):
@@ -48,9 +48,13 @@ class Controlled(Process):
         self.reads = frozenset(reads)
         self.num_steps, self.event_shape = base.num_steps, base.event_shape
 
-    @property
-    def shares(self) -> Process:
-        return self.base
+    def extends(self, other: Process, theirs: Context, context: Context) -> bool:
+        own = self._known(context)
+        return (
+            other is self.base
+            and own.keys() == theirs.keys()
+            and all(_same(value, theirs[key]) for key, value in own.items())
+        )
 
     @property
     def closed_form(self) -> bool:
@@ -121,9 +125,15 @@ class Controlled(Process):
             if isinstance(function, nn.Module):
                 pyro.module(f"{name}.{part}", function)
 
-    def _known(self, context: dict[str, Any]) -> dict[str, Any]:
+    def _known(self, context: Context) -> dict[str, Any]:
         """What the base knows of the context."""
         return {key: value for key, value in context.items() if key not in self.reads}
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.shape == b.shape and a.device == b.device and bool((a == b).all()))
+    return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
 
 
 def _mean(law: Distribution) -> Tensor:

@@ -23,6 +23,7 @@ from pyro.poutine.runtime import effectful
 from torch import Size, Tensor
 
 Tree = Any  # a tensor, or a dict of trees: whatever a network returned, one row per particle
+Context = Mapping[str, Any]  # what a program passes to a process, by keyword
 Level = float | Tensor  # one number, or one per element of the event
 
 
@@ -117,14 +118,13 @@ class Process(ABC):
         """How many network calls :meth:`evaluate` makes at t."""
         return 1
 
-    @property
-    def shares(self) -> "Process | None":
-        """The process whose evaluation :meth:`extend` builds upon (None: nothing to share)."""
-        return None
+    def extends(self, other: "Process", theirs: Context, context: Context) -> bool:
+        """Whether :meth:`extend` builds upon the evaluation of ``other`` under *their* context."""
+        return False
 
     def extend(self, evaluation: Tree, x: Tensor, t: int, **context: Any) -> Tree:
-        """This process's evaluation, given that of :attr:`shares` at the same state."""
-        raise TypeError(f"{type(self).__name__} shares no evaluation")
+        """This process's evaluation, given that of the one it :meth:`extends` at the same state."""
+        raise TypeError(f"{type(self).__name__} extends no other process")
 
     # A process may stand for several named sites (a Team); an ordinary one stands for itself.
     def members(self, name: str) -> tuple[str, ...]:

@@ -384,3 +384,32 @@ def test_nuts_on_a_deterministic_flow():
         error = float(values.std()) / size**0.5
         assert abs(float(values.mean()) - truth) < BOUND * error
         assert error < 0.15
+
+
+class Towards(torch.nn.Module):
+    """Estimates x_0 as a label, whatever x_t is."""
+
+    def forward(self, x, time, label):
+        return 0 * x + label[..., None]
+
+
+@pytest.mark.parametrize("label", [0.0, 2.0])
+def test_a_guide_under_its_own_context_proposes_as_it_draws(label):
+    """It builds on the model's evaluation only where that was made of the same label."""
+    prior = Diffusion(Towards(), VariancePreserving(), (1,), 4, parameterization="x0")
+    steered = Controlled(prior, lambda x, t, denoised, label: 0.1 * x)
+    own = {"label": torch.tensor(label)}
+
+    def model():
+        pyro.factor("r", -prior("x", label=torch.tensor(0.0))[..., 0])
+
+    method = SMC(model, guide=lambda: steered("x", **own), num_particles=6, ess_threshold=0.0)
+    states = list(method.iterate())
+    x = [state.x["x"][0] for state in states]
+    total = -x[-1][..., 0]
+    for t, before, after in zip((4, 3, 2), x, x[1:], strict=False):
+        total = total + prior.kernel(before, t, label=torch.tensor(0.0)).law.log_prob(after)
+        total = total - steered.kernel(before, t, **own).law.log_prob(after)
+    assert float((states[-1].log_weights[0] - total).abs().max()) < 1e-5
+    point = prior.kernel(x[-2], 1, label=torch.tensor(0.0)).law.mean  # the model's, not the guide's
+    assert x[-1].equal(point)
