@@ -17,6 +17,7 @@ from smcdiff import RESAMPLERS, DegenerateWeights, Particles
 from smcdiff.inference import (
     SMC,
     Behaviour,
+    InferenceCompilation,
     IntermediateReward,
     LinearRamp,
     Mala,
@@ -69,7 +70,14 @@ METHODS: dict[str, Callable[..., ParticleMethod]] = {
     "TwistedSMC, gradient": lambda **options: TwistedSMC(model, proposal="gradient", **options),
     "TwistedSMC, kernel": lambda **options: TwistedSMC(model, proposal="kernel", **options),
 }
-BALANCE = (RelativeTrajectoryBalance, ResidualLoss, ReplayBuffer, Mala, LinearRamp)
+LEARNING = (
+    InferenceCompilation,
+    RelativeTrajectoryBalance,
+    ResidualLoss,
+    ReplayBuffer,
+    Mala,
+    LinearRamp,
+)
 ABSTRACT = {"Behaviour", "LearnedTwist", "ParticleMethod", "Proposal"}
 
 
@@ -92,9 +100,9 @@ def test_every_exported_method_has_a_row() -> None:
 
 
 def test_every_export_has_a_contract() -> None:
-    """What is none of these is a setting of the loop, or of learning (``test_balance.py``)."""
+    """The rest: settings, and what learns (``test_balance.py``, ``referee/test_compilation.py``)."""
     kinds = exported(ParticleMethod) | exported(Twist) | exported(Proposal) | exported(Behaviour)
-    settings = {each.__name__ for each in (Settings, Rejuvenation, *BALANCE)}
+    settings = {each.__name__ for each in (Settings, Rejuvenation, *LEARNING)}
     assert set(smcdiff.inference.__all__) == kinds | settings | ABSTRACT
 
 
