@@ -100,7 +100,7 @@ def test_every_exported_method_has_a_row() -> None:
 
 
 def test_every_export_has_a_contract() -> None:
-    """The rest: settings, and what learns (``test_balance.py``, ``referee/test_compilation.py``)."""
+    """The rest are settings, and what learns (test_balance.py, referee/test_compilation.py)."""
     kinds = exported(ParticleMethod) | exported(Twist) | exported(Proposal) | exported(Behaviour)
     settings = {each.__name__ for each in (Settings, Rejuvenation, *LEARNING)}
     assert set(smcdiff.inference.__all__) == kinds | settings | ABSTRACT
