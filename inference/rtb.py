@@ -27,7 +27,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from smcdiff.particles import Calls
+from smcdiff.particles import Calls, check_checkpoint
 from smcdiff.weights import effective_sample_size
 
 from . import ranks
@@ -272,13 +272,13 @@ class RelativeTrajectoryBalance:
             checkpoint_every: updates between two writes of it.
             resume: continue from the checkpoint, bit for bit, if the file exists.
         """
+        check_checkpoint(checkpoint, checkpoint_every)
         if resume and checkpoint is not None and Path(checkpoint).exists():
             self.load(checkpoint, *args, **kwargs)
         with tqdm(initial=self.done, total=num_updates, disable=not progress, unit="update") as bar:
             while self.done < num_updates:
-                loss = self.step(*args, **kwargs)
+                bar.set_postfix_str(f"loss {self.step(*args, **kwargs):.3g}")
                 bar.update()
-                bar.set_postfix_str(f"loss {loss:.3g}, ESS {self.history[-1].ess:.0%}")
                 if checkpoint is not None and self.done % checkpoint_every == 0:
                     self.save(checkpoint)
         if checkpoint is not None:

@@ -713,6 +713,13 @@ def test_what_is_drawn_between_updates_is_the_users():
     assert [other.step(Y.clone()) for _ in range(3)] == first
 
 
+def test_a_checkpoint_without_a_folder_is_refused_before_any_update(tmp_path):
+    rtb = balance()
+    with pytest.raises(ValueError, match="there is no folder .*nowhere for the checkpoint"):
+        rtb.run(num_updates=1, checkpoint=tmp_path / "nowhere" / "guide.safetensors")
+    assert rtb.done == 0
+
+
 def joint(folder=None, seed=3):
     torch.set_default_dtype(torch.float64)
     pyro.clear_param_store()
