@@ -13,7 +13,7 @@ from smcdiff.dissection import CHECKED, stand_in
 from smcdiff.execution import Statement
 from smcdiff.process import Kernel, Tree
 from smcdiff.program import Program
-from smcdiff.twist import Twist, TwistValue, View
+from smcdiff.twist import TwistValue, View
 
 from .learned import Draw, LearnedTwist, Paths
 from .learned_gaussian import QuadraticTwist
@@ -50,8 +50,7 @@ class JointTwist(LearnedTwist):
                 f"two parts of a JointTwist change process {twice[0]!r}: leave one out"
             )
         self.names = tuple(owners)
-        for flag in (n for n, default in vars(Twist).items() if isinstance(default, bool)):
-            setattr(self, flag, any(getattr(part, flag) for part in self.parts))
+        self.take_needs(*self.parts)
 
     @property
     def num_draws(self) -> int:

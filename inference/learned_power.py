@@ -66,8 +66,7 @@ class PowerTwist(LearnedTwist):
         self.base.prepare(program)
         self.steer.prepare(program)
         self.names = self.steer.names
-        for flag in (n for n, default in vars(Twist).items() if isinstance(default, bool)):
-            setattr(self, flag, getattr(self.base, flag))
+        self.take_needs(self.base)
         if self.powers is not None and len(self.powers) != program.num_steps:
             raise ValueError(
                 f"the powers were learned for {len(self.powers)} steps, but the program takes "

@@ -123,8 +123,7 @@ class StringTwist(LearnedTwist):
         self.num_steps, self.size = program.num_steps, 1
         if self.base is not None:
             self.base.prepare(program)
-            for flag in (n for n, default in vars(Twist).items() if isinstance(default, bool)):
-                setattr(self, flag, getattr(self.base, flag))
+            self.take_needs(self.base)
 
     @property
     def num_draws(self) -> int:

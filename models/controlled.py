@@ -133,7 +133,7 @@ class Controlled(Process):
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.shape == b.shape and a.device == b.device and bool((a == b).all()))
-    return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
+    return a is b or (type(a) is type(b) and bool(a == b))
 
 
 def _mean(law: Distribution) -> Tensor:

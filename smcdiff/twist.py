@@ -132,6 +132,11 @@ class Twist(ABC):
     def prepare(self, program: Program) -> None:
         """Called once per run, before any particle exists; may refuse the program."""
 
+    def take_needs(self, *parts: "Twist") -> None:
+        """Needs, offers and measures what any of the twists does that this one is made of."""
+        for flag in (name for name, default in vars(Twist).items() if isinstance(default, bool)):
+            setattr(self, flag, any(getattr(part, flag) for part in parts))
+
     @property
     def num_draws(self) -> int:
         """How many draws of x_0 around the denoised estimate the program is run on, besides it."""
