@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from smcdiff.arguments import check_kind, check_number, check_option, check_whole
 from smcdiff.program import Program
 from smcdiff.twist import Twist, TwistValue, View
 
@@ -37,8 +38,9 @@ class IntermediateReward(Twist):
         strength: float = 1.0,
         num_draws: int = 0,
     ) -> None:
-        if kind not in ("difference", "max", "sum"):
-            raise ValueError(f"kind must be 'difference', 'max' or 'sum', but got {kind!r}")
+        check_option("kind", kind, ("difference", "max", "sum"))
+        check_number("strength", strength, 0, math.inf)
+        check_whole("num_draws", num_draws, 0)
         self.kind, self.strength, self._draws = kind, strength, num_draws
 
     @property
@@ -67,14 +69,14 @@ class Tempered(Twist):
     """
 
     def __init__(self, twist: Twist, exponent: float | Callable[[int, int], float]) -> None:
+        check_kind("the twist of Tempered", twist, Twist, "IntermediateReward()", optional=False)
+        if not callable(exponent):
+            check_number("exponent", exponent, 0, 1)
         self.twist, self.exponent = twist, exponent
 
     def prepare(self, program: Program) -> None:
         self.twist.prepare(program)
-        self.needs_gradient = self.twist.needs_gradient
-        self.needs_program_gradient = self.twist.needs_program_gradient
-        self.measures_network = self.twist.measures_network
-        self.offers_start = self.twist.offers_start
+        self.take_needs(self.twist)  # a power neither needs more than its base nor offers less
 
     @property
     def num_draws(self) -> int:
@@ -82,12 +84,16 @@ class Tempered(Twist):
 
     def evaluate(self, view: View) -> TwistValue:
         value = self.twist.evaluate(view)
-        exponent, num_steps = self.exponent, view.program.num_steps
-        power = exponent(view.t, num_steps) if callable(exponent) else exponent
+        power = self._power(view.t, view.program.num_steps)
         cache = {name: part for name, part in value.cache.items() if name != "total"}
-        if "direction" in cache:
-            cache["direction"] = cache["direction"] * power
-        for noise in ("noise", "start_noise"):
-            if noise in cache:  # a Gaussian to the power lambda has its covariance divided by it
-                cache[noise] = cache[noise] / max(power, 1e-12)
+        for name in cache:
+            if name == "direction" or name.startswith("bias/"):
+                cache[name] = cache[name] * power
+            if name in ("noise", "start_noise"):  # a Gaussian's covariance is divided by the power
+                cache[name] = cache[name] / max(power, 1e-12)
         return TwistValue(value.log_psi * power, cache, value.memory)
+
+    def _power(self, t: int, num_steps: int) -> float:
+        power = self.exponent(t, num_steps) if callable(self.exponent) else self.exponent
+        check_number(f"the exponent of Tempered at t = {t}", power, 0, 1)
+        return power

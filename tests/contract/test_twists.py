@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import smcdiff.inference
-from smcdiff import Particles, Twist
+from smcdiff import Particles, Program, Twist, TwistValue, View
 from smcdiff.inference import (
     SMC,
     DenoisedLikelihood,
@@ -24,6 +24,7 @@ from smcdiff.inference import (
     Proposal,
     RelaxedLikelihood,
     ResidualTwist,
+    StringTwist,
     Tempered,
     TwistedKernel,
 )
@@ -63,6 +64,14 @@ PROPOSALS: dict[str, Callable[[], Proposal]] = {
     "gradient": lambda: TwistedKernel(curvature=False, twisted_start=False),
 }
 
+FLAGS = tuple(name for name, value in vars(Twist).items() if isinstance(value, bool))
+WRAPPERS: dict[str, Callable[[Twist], Twist]] = {
+    "PowerTwist": PowerTwist,
+    "ResidualTwist": ResidualTwist,
+    "StringTwist": StringTwist,
+    "Tempered": lambda twist: Tempered(twist, 0.5),
+}
+
 each_proposal = pytest.mark.parametrize("proposal", PROPOSALS)
 
 
@@ -80,6 +89,27 @@ def test_every_exported_twist_has_a_row() -> None:
         and not inspect.isabstract(found)
     }
     assert exported == {name.split(",")[0] for name in TWISTS}
+
+
+class Demanding(Twist):
+    """Needs, offers or measures one thing, as is known once it has seen the program."""
+
+    def __init__(self, flag: str) -> None:
+        self.flag = flag
+
+    def prepare(self, program: Program) -> None:
+        setattr(self, self.flag, True)
+
+    def evaluate(self, view: View) -> TwistValue:
+        return TwistValue(torch.zeros(view.batch).double())
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_twist_made_of_another_has_its_needs(wrap: str, flag: str) -> None:
+    twist = WRAPPERS[wrap](Demanding(flag))
+    twist.prepare(Program(program()))
+    assert [name for name in FLAGS if getattr(twist, name)] == [flag]
 
 
 def program(constant: float = 0.0) -> Callable[[], None]:

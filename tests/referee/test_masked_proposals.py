@@ -13,6 +13,7 @@ from smcdiff.inference import (
     NestedProposal,
     NoTwist,
     RelaxedLikelihood,
+    Tempered,
     TiltedTokens,
 )
 from smcdiff.models import MaskedDiffusion
@@ -64,6 +65,20 @@ def summed(given=None, **settings):
 
 def relaxed_worth(probabilities):
     return (probabilities["x"] * WORTH).sum((-1, -2)) - 0.3
+
+
+def test_a_power_of_the_look_ahead_weakens_what_tokens_prefer():
+    """Tilting by half of the preferences, whichever of twist and proposal was told so."""
+    twists = (Tempered(RelaxedLikelihood(), 0.5), RelaxedLikelihood())
+    proposals = (TiltedTokens(), TiltedTokens(temper=0.5))
+    drawn = []
+    for twist, proposal in zip(twists, proposals, strict=True):
+        pyro.set_rng_seed(0)
+        method = SMC(
+            summed(num_steps=6), twist=twist, proposal=proposal, num_particles=50, ess_threshold=0.0
+        )
+        drawn.append(method.run().samples["x"])
+    assert drawn[0].equal(drawn[1])
 
 
 @pytest.mark.parametrize("reward", [None, relaxed_worth], ids=["tabulated", "relaxed"])
