@@ -17,7 +17,7 @@ from .denoisers import Denoiser, EnumeratedDenoiser, GaussianDenoiser, MixtureDe
 from .diffusion import Diffusion
 from .flow import Flow
 from .grids import Grid, Schedule
-from .guides import Finetuned, Head, Langevin, LearnedScale, LearnedStart, lora
+from .guides import Finetuned, Head, Langevin, LearnedScale, LearnedStart, Preconditioned, lora
 from .markov import MarkovDenoiser
 from .masked import MaskedDiffusion
 from .priors import digit_prior, mnist_prior, name_prior, text_prior
@@ -54,6 +54,7 @@ __all__ = [
     "MaskedDiffusion",
     "MixtureDenoiser",
     "OrnsteinUhlenbeck",
+    "Preconditioned",
     "RectifiedFlow",
     "Schedule",
     "SubVariancePreserving",

@@ -2,11 +2,12 @@ r"""Guides that start exactly at the prior: what relative trajectory balance and
 
 :class:`Finetuned` is the process with a copy of its network, whole or with low-rank adapters. The
 others are parts of a :class:`~smcdiff.models.Controlled` process: a head beside the frozen network,
-the same with the gradient of a reward, a start and a variance of its own.
+the same with the gradient of a reward, their units, a start and a variance of its own.
 """
 
 import copy
 import importlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -116,11 +117,20 @@ class Head(nn.Module):
             count. Its last linear or convolutional layer is set to zero.
         event_dim: the number of dimensions of one event.
         reads: names of context tensors, with ``event_dim`` dimensions each, that are inputs too.
+        label: the name of a context tensor of whole numbers, which the network gets as a third
+            argument, of shape ``(batch,)`` (None: it has two).
     """
 
-    def __init__(self, network: nn.Module, event_dim: int = 1, reads: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        event_dim: int = 1,
+        reads: Sequence[str] = (),
+        label: str | None = None,
+    ) -> None:
         super().__init__()
         self.network, self.event_dim, self.reads = network, event_dim, tuple(reads)
+        self.label = label
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         layers = [m for m in network.modules() if isinstance(m, kinds)]
         if not layers:
@@ -133,11 +143,13 @@ class Head(nn.Module):
     def forward(self, x: Tensor, t: int, denoised: Tensor, **context: Any) -> Tensor:
         batch, event = x.shape[: x.dim() - self.event_dim], x.shape[x.dim() - self.event_dim :]
         dims = dict.fromkeys(self.reads, self.event_dim)
-        rows = context_rows({n: context[n] for n in self.reads}, tuple(batch), dims)
+        names = self.reads if self.label is None else (*self.reads, self.label)
+        rows = context_rows({n: context[n] for n in names}, tuple(batch), dims)
         parts = [flatten_batch(x, self.event_dim), flatten_batch(denoised, self.event_dim)]
         inputs = torch.cat([*parts, *(rows[n].to(x) for n in self.reads)], 1)
         time = torch.full((len(inputs),), float(t), dtype=x.dtype, device=x.device)
-        out: Tensor = self.network(inputs, time)[:, : event[0]]
+        label = () if self.label is None else (rows[self.label],)
+        out: Tensor = self.network(inputs, time, *label)[:, : event[0]]
         return out.reshape(x.shape)
 
 
@@ -153,26 +165,70 @@ class Langevin(nn.Module):
         log_reward: maps x_0 of shape ``(*batch, *event)`` to log r of shape ``(*batch,)``.
         num_steps: T.
         clip: bounds every element of the gradient.
+        reads: names of the context that log_reward takes as well, after x_0.
     """
 
     def __init__(
         self,
         head: nn.Module,
-        log_reward: Callable[[Tensor], Tensor],
+        log_reward: Callable[..., Tensor],
         num_steps: int,
         clip: float = 100.0,
+        reads: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self.head, self.log_reward, self.clip = head, log_reward, clip
+        self.head, self.log_reward, self.clip, self.reads = head, log_reward, clip, tuple(reads)
         self.gain = nn.Parameter(torch.zeros(num_steps + 1))
 
     def forward(self, x: Tensor, t: int, denoised: Tensor, **context: Any) -> Tensor:
         with torch.enable_grad():
             point = denoised.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.log_reward(point).sum(), point)
+            log_r = self.log_reward(point, *(context[n] for n in self.reads))
+            (gradient,) = torch.autograd.grad(log_r.sum(), point)
         clipped = gradient.nan_to_num(0.0).clamp(-self.clip, self.clip)
         u: Tensor = self.head(x, t, denoised, **context)
         return u + self.gain[t] * clipped
+
+
+class Preconditioned(nn.Module):
+    r"""A control in the units that the transitions set,
+
+    .. math:: u_t = \sqrt{\frac{k_t^2 v_t}{1 + k_t^2 v_t}}\, \text{control}_t, \qquad
+              k_t^2 = \mathrm{SNR}_{t-1} - \mathrm{SNR}_t,
+
+    with :math:`v_t = \mathrm{Var}(x_0 | x_t)` by the process's ``signal``: where a control is one,
+    the estimate of x_0 moves by one of its standard deviations. Without these units a network must
+    learn that a step in pure noise decides next to nothing.
+
+    Args:
+        control: another control, such as a :class:`Head`.
+        base: the process that is controlled.
+
+    Raises:
+        ValueError: the process does not say how x_t depends on x_0.
+    """
+
+    units: Tensor
+
+    def __init__(self, control: nn.Module, base: Process) -> None:
+        super().__init__()
+        self.control = control
+        units = [torch.ones(())]  # nothing reads the one of t = 0
+        signals = [base.signal(t) for t in range(base.num_steps + 1)]
+        for before, now in itertools.pairwise(signals):
+            if before is None or now is None:
+                raise ValueError(
+                    f"{type(base).__name__} does not say how x_t depends on x_0 (its signal is "
+                    "None), which sets the units: use the control without them"
+                )
+            rate = (before.precision - now.precision) * now.spread
+            rate = torch.as_tensor(rate, dtype=torch.float64)
+            units.append((1 - 1 / (1 + rate)).sqrt())
+        self.register_buffer("units", torch.stack(torch.broadcast_tensors(*units)))
+
+    def forward(self, x: Tensor, t: int, denoised: Tensor, **context: Any) -> Tensor:
+        u: Tensor = self.control(x, t, denoised, **context)
+        return self.units[t].to(u) * u
 
 
 class LearnedStart(nn.Module):

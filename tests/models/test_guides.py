@@ -1,0 +1,130 @@
+"""Controls that start at zero: what they are given, and the units they speak in."""
+
+import pyro
+import pytest
+import torch
+from torch import nn
+
+from smcdiff.inference import SMC
+from smcdiff.models import (
+    Controlled,
+    Diffusion,
+    GaussianDenoiser,
+    Head,
+    Langevin,
+    MaskedDiffusion,
+    Preconditioned,
+    VariancePreserving,
+)
+from smcdiff.models.networks import ResidualMLP, UNet
+
+STEPS = 8
+
+
+def chain(**options):
+    denoiser = GaussianDenoiser(torch.zeros(2, dtype=torch.float64), torch.eye(2).double())
+    return Diffusion(denoiser, VariancePreserving(), (2,), STEPS, **options)
+
+
+class Constant(nn.Module):
+    """A control whose every element is one."""
+
+    def forward(self, x, t, denoised, **context):
+        return torch.ones_like(x)
+
+
+def test_one_moves_the_estimate_by_one_standard_deviation():
+    """Where little of x_0 is decided in a step: posterior means are linear in the estimate."""
+    prior = chain(variance="small")
+    control = Preconditioned(Constant(), prior)
+    x = torch.randn(5, 2, dtype=torch.float64)
+    for t in range(2, STEPS + 1):
+        kernel, before, now = prior.kernel(x, t), prior.signal(t - 1), prior.signal(t)
+        law = kernel.law
+        # the mean of q(x_{t-1} | x_t, x_0) moves by this per unit of x_0
+        per_unit = before.alpha * (1 - now.precision / before.precision)
+        shift = control(x, t, kernel.denoised.mean) * law.stddev
+        rate = (before.precision - now.precision) * now.spread
+        expected = per_unit * now.spread**0.5 / (1 + rate) ** 0.5
+        torch.testing.assert_close(shift, torch.full_like(shift, expected))
+
+
+def test_units_are_bounded_where_a_step_decides_everything():
+    control = Preconditioned(Constant(), chain(variance="large"))
+    assert control.units.isfinite().all()
+    assert control.units[1] == 1
+    assert (control.units <= 1).all()
+
+
+def test_units_need_a_signal():
+    masked = MaskedDiffusion(lambda x: torch.zeros(*x.shape, 3), 2, 3, num_steps=2)
+    with pytest.raises(ValueError, match="MaskedDiffusion does not say how x_t depends on x_0"):
+        Preconditioned(Constant(), masked)
+
+
+def test_units_are_kept_in_state_and_dtype():
+    prior = chain(variance="large")
+    control = Preconditioned(Head(ResidualMLP(4, 8, 1)), prior)
+    u = control(torch.randn(3, 2), 2, torch.randn(3, 2))
+    assert u.dtype == torch.float32
+    assert u.eq(0).all()
+    assert "units" in control.state_dict()
+
+
+def test_a_label_reaches_the_network_by_row():
+    seen = []
+
+    class Labelled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, inputs, time, label):
+            seen.append(label)
+            return self.layer(inputs) + label[:, None]
+
+    head = Head(Labelled(), label="wish")
+    x, wish = torch.randn(3, 5, 2), torch.arange(5)
+    out = head(x, 1, x, wish=wish)
+    assert seen[0].tolist() == list(range(5)) * 3
+    assert torch.equal(out, wish[:, None].float().expand(3, 5, 2))
+    head(x, 1, x, wish=torch.tensor(7))
+    assert seen[1].tolist() == [7] * 15
+
+
+def test_a_guide_for_labels_is_the_prior_before_it_learns():
+    """Head, gradient and units together: zero variance against the prior's own paths."""
+    torch.manual_seed(0)
+    prior = Diffusion(UNet(1, (8, 8), heads=0), VariancePreserving(), (1, 4, 4), 3)
+
+    def log_reward(x, wish):
+        return -(x.mean((-1, -2, -3)) - wish).square()
+
+    head = Head(UNet(2, (8,), num_classes=4, heads=0), 3, label="wish")
+    control = Preconditioned(Langevin(head, log_reward, 3, reads=("wish",)), prior)
+    process = Controlled(prior, control, reads=("wish",))
+
+    def model(wish):
+        prior("x")
+
+    def guide(wish):
+        process("x", wish=wish)
+
+    pyro.set_rng_seed(0)
+    posterior = SMC(model, guide=guide, num_particles=6).run(torch.tensor(2))
+    assert posterior.log_weights.std() == 0
+    assert posterior.log_evidence.item() == 0
+
+
+def test_langevin_follows_the_gradient_of_its_own_label():
+    control = Langevin(
+        Head(ResidualMLP(4, 8, 1)),
+        lambda x, wish: x.sum(-1) * wish,
+        3,
+        clip=1.5,
+        reads=("wish",),
+    )
+    nn.init.constant_(control.gain, 2.0)
+    x = torch.randn(3, 2)
+    u = control(x, 1, x, wish=torch.tensor([-1.0, 0.5, 9.0]))
+    assert torch.allclose(u, torch.tensor([[-2.0], [1.0], [3.0]]).expand(3, 2))
