@@ -19,10 +19,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Float64, Int64
-from pyro import poutine
 from pyro.optim import PyroOptim
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from smcdiff.dissection import draw
 from smcdiff.execution import Statement
@@ -30,7 +28,11 @@ from smcdiff.particles import Calls, map_tree
 from smcdiff.predictive import Unobserved, with_arguments
 from smcdiff.program import Program
 
-from .pair import Pair, leaves
+from . import ranks
+from .guide_learner import GuideLearner, refuse_sizes
+from .pair import Pair
+from .resuming import mark
+from .streams import Streams, restore_streams, stream_states, stream_untouched
 from .trajectories import States, Trajectories
 
 
@@ -88,8 +90,12 @@ def simulate(program: Program, number: int) -> Simulations:
     return Simulations(states, latents, {n: sites[n].value for n in seen})
 
 
-class InferenceCompilation:
+class InferenceCompilation(GuideLearner[float]):
     """Trains a guide that is conditional on data by maximum likelihood of simulated trajectories.
+
+    The arguments of :meth:`step` and :meth:`run` that hold data are examples of one problem, whose
+    values do not matter. Under ``torchrun`` every process simulates all trajectories, and learns
+    from its share of each update.
 
     Args:
         model: a Pyro callable with at least one process, and with data at observed sites only.
@@ -98,9 +104,10 @@ class InferenceCompilation:
         optim: a ``pyro.optim`` optimiser of the guide's parameters.
         data: the arguments that hold data, each named as the site that observes it; or a mapping
             from arguments to sites.
-        num_paths: trajectories that are simulated at once.
+        num_paths: trajectories that are simulated at once. A checkpoint does not hold them: they
+            are simulated again from the random stream that it keeps.
         refresh: updates after which others are simulated (None: never).
-        num_particles: trajectories per update, drawn from those.
+        num_particles: trajectories per update, drawn from those, of all processes of ``torchrun``.
         subsample: learn from so many random steps of them only, scaled up (None: all steps).
         max_gradient_norm: gradients are scaled down to it.
 
@@ -113,6 +120,8 @@ class InferenceCompilation:
         ValueError: at the first update, if the model has factors or would train, an argument is no
             data, or the guide's sites do not match the model's.
     """
+
+    kind = "smcdiff-1 compilation"
 
     def __init__(
         self,
@@ -127,86 +136,113 @@ class InferenceCompilation:
         subsample: int | None = None,
         max_gradient_norm: float | None = None,
     ) -> None:
-        self.model, self.guide, self.optim = model, guide, optim
+        super().__init__(model, guide, optim, num_particles, max_gradient_norm)
         self.data = dict(data) if isinstance(data, Mapping) else {name: name for name in data}
-        self.num_paths, self.refresh, self.num_particles = num_paths, refresh, num_particles
-        self.subsample, self.max_gradient_norm = subsample, max_gradient_norm
-        self.calls, self.history = Calls(), list[float]()
+        self.num_paths, self.refresh, self.subsample = num_paths, refresh, subsample
         self.simulations: Simulations | None = None
-        sizes = {"num_paths": num_paths, "num_particles": num_particles}
-        sizes |= {"subsample": subsample or 1, "refresh": refresh or 1}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} must be a positive number, got {value}")
+        refuse_sizes(
+            num_paths=num_paths, num_particles=num_particles, subsample=subsample, refresh=refresh
+        )
 
-    def step(self, *args: Any, **kwargs: Any) -> float:
-        """One update; returns its loss.
+    # ------------------------------------------------------------------------------- one update
 
-        Args:
-            args, kwargs: of the model; those that hold data are examples of one problem, whose
-                values do not matter.
-        """
-        if self.simulations is None or (self.refresh and len(self.history) % self.refresh == 0):
+    def _accumulate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        if self.simulations is None or (self.refresh and self.done % self.refresh == 0):
             self._simulate(args, kwargs)
         rows = torch.randint(self.num_paths, (self.num_particles,))
-        with poutine.trace(param_only=True) as seen, torch.enable_grad():
-            loss = -self._log_ratio(rows).mean()
-            loss.backward()
-        parameters = [p for p in leaves(seen.trace).values() if p.grad is not None]
-        if self.max_gradient_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, self.max_gradient_norm)
-        self.optim(parameters)
-        for parameter in parameters:
-            parameter.grad = None
-        self.history.append(float(loss.detach()))
-        return self.history[-1]
-
-    def run(
-        self, *args: Any, num_updates: int, progress: bool = False, **kwargs: Any
-    ) -> list[float]:
-        """Updates until there are ``num_updates`` of them; returns their losses."""
-        done = len(self.history)
-        with tqdm(initial=done, total=num_updates, disable=not progress, unit="update") as bar:
-            while len(self.history) < num_updates:
-                bar.set_postfix_str(f"loss {self.step(*args, **kwargs):.3g}")
-                bar.update()
-        return self.history
-
-    def _simulate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Draws trajectories and data, and puts the data in the place of the arguments."""
-        program = Program(self.model, args, kwargs)
-        self.simulations = simulate(program, self.num_paths)
-        number = sum(p.calls(t) for p in program.processes.values() for t in self._times(program))
-        self.calls += Calls(network=self.num_paths * number, program=self.num_paths)
-        missing = sorted(set(self.data.values()) - set(self.simulations.data))
-        if missing:
+        own = self._log_ratio(ranks.own(rows, self.num_particles))
+        ratio = ranks.gather(own.detach())
+        if not bool(ratio.isfinite().all()):
             raise ValueError(
-                f"data={self.data} names the sites {missing}, but the model observes "
-                f"{sorted(self.simulations.data)}: map arguments to those"
+                f"update {self.done}: the guide has no finite log-density at "
+                f"{int((~ratio.isfinite()).sum())} of {len(ratio)} simulated trajectories: lower "
+                "its learning rate, or give max_gradient_norm"
             )
-        sites = {name: self.simulations.data[site] for name, site in self.data.items()}
-        bound = with_arguments(program, sites)._bound
-        plates = 1 + program.max_plate_nesting
-        events = {name: value.dim() - plates for name, value in sites.items()}
-        first = not self.history
-        self.pair = Pair(self.model, self.guide, bound.args, bound.kwargs, events)
-        if first:
-            self.pair.refuse_trainable()
-            self.pair.take_calls()
+        (-own.sum() / len(ratio)).backward()
+        return float(-ratio.mean())
 
+    def _loss(self, record: float) -> float:
+        return record
+
+    @torch.enable_grad()
     def _log_ratio(self, rows: Int64[Tensor, " row"]) -> Float64[Tensor, " row"]:
         """log q - log p of simulated trajectories, from some of their steps."""
         assert self.simulations is not None
         some, zero = self.simulations.select(rows), torch.zeros(len(rows), dtype=torch.float64)
         walked = Trajectories(some.x, some.latents, rows, zero, {}, zero, {})
-        times = self._times(self.pair.model)
+        times = _times(self.simulated.model)
         if self.subsample is not None and self.subsample < len(times):
             times = (torch.randperm(len(times))[: self.subsample] + 1).tolist()
-        start = self.pair.ratios_again(walked, [], start=True)
-        ratio = self.pair.ratios_again(walked, times, start=False)
-        self.calls += self.pair.take_calls()
-        return start + self.pair.num_steps / len(times) * ratio
+        start = self.simulated.ratios_again(walked, [], start=True)
+        ratio = self.simulated.ratios_again(walked, times, start=False)
+        self.calls += self.simulated.take_calls()
+        return start + self.simulated.num_steps / len(times) * ratio
 
-    @staticmethod
-    def _times(program: Program) -> list[int]:
-        return list(range(1, program.num_steps + 1))
+    # ------------------------------------------------------------------------------- simulations
+
+    def _simulate(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], streams: Streams | None = None
+    ) -> None:
+        """Draws trajectories and data, and puts the data in the place of the arguments."""
+        program = Program(self.model, args, kwargs)
+        if streams is not None:
+            restore_streams(streams, program.device)
+        ranks.same_streams(program.device)
+        self._streams = stream_states(program.device)
+        self.simulations = simulate(program, self.num_paths)
+        number = sum(p.calls(t) for p in program.processes.values() for t in _times(program))
+        self.calls += Calls(network=self.num_paths * number, program=self.num_paths)
+        self.simulated = self._pair_of(program, self.simulations.data)
+        self._prepare(args, kwargs)
+        self.data_mark = mark(self.simulated.model)
+
+    def _pair_of(self, program: Program, data: dict[str, Tensor]) -> Pair:
+        """Model and guide, each simulated trajectory a problem with data of its own."""
+        missing = sorted(set(self.data.values()) - set(data))
+        if missing:
+            raise ValueError(
+                f"data={self.data} names the sites {missing}, but the model observes "
+                f"{sorted(data)}: map arguments to those"
+            )
+        sites = {name: data[site] for name, site in self.data.items()}
+        bound = with_arguments(program, sites)._bound
+        plates = 1 + program.max_plate_nesting
+        events = {name: value.dim() - plates for name, value in sites.items()}
+        return Pair(self.model, self.guide, bound.args, bound.kwargs, events)
+
+    # ------------------------------------------------------------------------------- checkpoints
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pair:
+        """Once: that of the example tells the guide's parameters."""
+        if self.pair is None:
+            with stream_untouched():
+                pair = Pair(self.model, self.guide, args, kwargs)
+                self._begin(pair)
+            self.pair = pair
+        return self.pair
+
+    def _record(self, saved: float) -> float:
+        return saved
+
+    def _about(self, pair: Pair) -> dict[str, Any]:
+        return super()._about(pair) | {
+            "data": self.data,
+            "num_paths": self.num_paths,
+            "refresh": self.refresh,
+            "subsample": self.subsample,
+        }
+
+    def _extra(self) -> dict[str, Any]:
+        return {"streams": self._streams}
+
+    def _learned_from(
+        self, tree: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Pair:
+        """Simulates once more what the saved run learned from."""
+        with stream_untouched():
+            self._simulate(args, kwargs, tree["streams"])
+        return self.simulated
+
+
+def _times(program: Program) -> list[int]:
+    return list(range(1, program.num_steps + 1))

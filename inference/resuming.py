@@ -43,10 +43,32 @@ def check_resumable(state: Particles, program: Program, axes: tuple[int, ...]) -
             f"the saved run has {started} steps, but this program {program.num_steps}: "
             "resume with the processes that it was started with"
         )
-    here = mark(program)
-    if state.mark is not None and not torch.allclose(state.mark, here, 1e-4, equal_nan=True):
-        raise ValueError(
-            "the saved run belongs to other data, or to another program: at one and the same "
-            f"point its log-density is {state.mark.tolist()}, and here {here.tolist()}. Resume "
-            "with the arguments that it was started with, or start again without resume"
-        )
+    check_data(state.mark, mark(program))
+
+
+def agrees(saved: Tensor | None, here: Tensor) -> bool:
+    """Whether two marks are of the same data (None: not known of which)."""
+    if saved is None:
+        return True
+    return saved.shape == here.shape and torch.allclose(saved.to(here), here, 1e-4, equal_nan=True)
+
+
+def check_data(saved: Tensor | None, here: Tensor) -> None:
+    """Refuses a saved run whose mark is another than that of the program and data here.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if saved is None or agrees(saved, here):
+        return
+    raise ValueError(
+        "the saved run belongs to other data, or to another program: at one and the same "
+        f"point its log-density is {_first(saved)}, and here {_first(here)}. Resume "
+        "with the arguments that it was started with, or start again without resume"
+    )
+
+
+def _first(values: Tensor) -> str:
+    """A few of them."""
+    more = ", ..." if len(values) > 3 else ""
+    return f"[{', '.join(f'{v:.6g}' for v in values[:3].tolist())}{more}]"

@@ -17,26 +17,23 @@ tell: ``SMC(model, guide=guide)``.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float64
-from pyro import poutine
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from smcdiff.particles import Calls, check_checkpoint
+from smcdiff.particles import map_tree
 from smcdiff.weights import effective_sample_size
 
 from . import ranks
 from .behaviours import Behaviour, OnPolicy, Ramp
+from .guide_learner import GuideLearner, numbered, refuse_sizes, shapes
 from .learned_evidence import LogZ, log_z_of
-from .pair import Pair, leaves
+from .pair import Pair
 from .replay_buffer import ReplayBuffer, Terminals
 from .residuals import ResidualLoss, Update, group_reduce
-from .rtb_files import read, write
 from .streams import stream_untouched
 from .trajectories import Plan, Trajectories
 
@@ -52,7 +49,7 @@ class _Batch:
     log_gamma: Float64[Tensor, " particle"]
 
 
-class RelativeTrajectoryBalance:
+class RelativeTrajectoryBalance(GuideLearner[Update]):
     """Trains a guide's processes, latents and log Z; the model stays as it is.
 
     Args:
@@ -82,6 +79,8 @@ class RelativeTrajectoryBalance:
             the model's.
     """
 
+    kind = "smcdiff-1 balance"
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -101,22 +100,15 @@ class RelativeTrajectoryBalance:
         on_nonfinite: str = "raise",
         per_problem: Sequence[str] | Mapping[str, int] = (),
     ) -> None:
-        self.model, self.guide, self.optim, self.evidence = model, guide, optim, evidence
+        super().__init__(model, guide, optim, num_particles, max_gradient_norm)
+        self.evidence, self.evidence_rate = evidence, evidence_rate
         self.behaviours = tuple(behaviours or (OnPolicy(),))
-        self.num_particles, self.loss, self.temper = num_particles, loss or ResidualLoss(), temper
+        self.loss, self.temper = loss or ResidualLoss(), temper
         self.floor, self.chunk, self.subsample = floor, chunk, subsample
-        self.max_gradient_norm, self.on_nonfinite = max_gradient_norm, on_nonfinite
-        self.per_problem, self.evidence_rate = per_problem, evidence_rate
-        self.pair: Pair | None = None
+        self.on_nonfinite, self.per_problem = on_nonfinite, per_problem
         self.log_z: nn.Module | None = evidence if isinstance(evidence, nn.Module) else None
-        self.calls, self.history = Calls(), list[Update]()
         self._arguments: tuple[Any, ...] = ()
         self._check()
-
-    @property
-    def done(self) -> int:
-        """How many updates were made, those that were skipped included."""
-        return len(self.history)
 
     @property
     def log_evidence(self) -> Tensor:
@@ -127,24 +119,12 @@ class RelativeTrajectoryBalance:
 
     # ------------------------------------------------------------------------------- one update
 
-    def step(self, *args: Any, **kwargs: Any) -> float:
-        """One update at ``model(*args, **kwargs)``; returns its loss (nan if it was skipped)."""
-        with poutine.trace(param_only=True) as seen:
-            update = self._accumulate(args, kwargs)
-        parameters = list(leaves(seen.trace).values())
-        if not update.skipped:
-            self._move(parameters)
-        for parameter in (*parameters, *self._own_parameters()):
-            parameter.grad = None
-        self.history.append(update)
-        return update.loss
-
     def loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
         """The loss of a batch; adds its gradient to those of guide and log Z."""
         return self._accumulate(args, kwargs).loss
 
     def _accumulate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Update:
-        pair = self._pair(args, kwargs)
+        pair = self._prepare(args, kwargs)
         batch = self._draw(pair)
         ratio, behind, log_gamma = (
             ranks.gather(v)
@@ -230,17 +210,11 @@ class RelativeTrajectoryBalance:
         nan = float("nan")
         return Update(nan, nan, nan, nan, skipped=True)
 
-    # ---------------------------------------------------------------------------------- parameters
+    # ------------------------------------------------------------------- parameters, checkpoints
 
     def _move(self, parameters: list[Tensor]) -> None:
-        """Sums gradients over the processes, clips them, and takes a step."""
-        own = self._own_parameters()
-        ranks.add_gradients([*parameters, *own])
-        used = [p for p in parameters if p.grad is not None]
-        if self.max_gradient_norm is not None:
-            nn.utils.clip_grad_norm_(used, self.max_gradient_norm)
-        self.optim(used)
-        if own:
+        super()._move(parameters)
+        if self.log_z is not None:
             self.evidence_optim.step()
 
     def _own_parameters(self) -> list[Tensor]:
@@ -252,59 +226,41 @@ class RelativeTrajectoryBalance:
         sources = [getattr(b, "terminals", None) for b in self.behaviours]
         return list({id(s): s for s in sources if isinstance(s, ReplayBuffer)}.values())
 
-    # ------------------------------------------------------------------------------- a whole run
+    def _loss(self, record: Update) -> float:
+        return record.loss
 
-    def run(
-        self,
-        *args: Any,
-        num_updates: int,
-        progress: bool = False,
-        checkpoint: str | Path | None = None,
-        checkpoint_every: int = 100,
-        resume: bool = False,
-        **kwargs: Any,
-    ) -> list[Update]:
-        """Updates until there are ``num_updates`` of them, at the same arguments.
+    def _record(self, saved: dict[str, Any]) -> Update:
+        return Update(**saved)
 
-        Args:
-            progress: show a progress bar.
-            checkpoint: a file that keeps the state of the run.
-            checkpoint_every: updates between two writes of it.
-            resume: continue from the checkpoint, bit for bit, if the file exists.
-        """
-        check_checkpoint(checkpoint, checkpoint_every)
-        if resume and checkpoint is not None and Path(checkpoint).exists():
-            self.load(checkpoint, *args, **kwargs)
-        with tqdm(initial=self.done, total=num_updates, disable=not progress, unit="update") as bar:
-            while self.done < num_updates:
-                bar.set_postfix_str(f"loss {self.step(*args, **kwargs):.3g}")
-                bar.update()
-                if checkpoint is not None and self.done % checkpoint_every == 0:
-                    self.save(checkpoint)
-        if checkpoint is not None:
-            self.save(checkpoint)
-        return self.history
+    def _about(self, pair: Pair) -> dict[str, Any]:
+        log_z = {} if self.log_z is None else dict(self.log_z.named_parameters())
+        return super()._about(pair) | {
+            "log_z": shapes(log_z),
+            "behaviours": [type(behaviour).__name__ for behaviour in self.behaviours],
+            "loss": repr(self.loss),
+            "subsample": self.subsample,
+        }
 
-    def save(self, path: str | Path) -> None:
-        """Writes everything that the next update needs to one safetensors file, atomically."""
-        write(self, path)
+    def _extra(self) -> dict[str, Any]:
+        saved: dict[str, Any] = {"buffers": [buffer.as_tree() for buffer in self.buffers]}
+        if self.log_z is not None:
+            optim = self.evidence_optim.state_dict()
+            saved |= {"log_z": self.log_z.state_dict(), "evidence_optim": optim}
+        return saved
 
-    def load(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Reads what :meth:`save` wrote.
-
-        Args:
-            args, kwargs: of the model, to run the guide once and find its parameters.
-        """
-        read(self, path, self._pair(args, kwargs))
-
-    def restore(self, history: list[dict[str, Any]], calls: Calls) -> None:
-        """Takes over the record of a saved run."""
-        self.history, self.calls = [Update(**each) for each in history], calls
+    def _restore_extra(self, tree: dict[str, Any]) -> None:
+        if self.log_z is not None:
+            self.log_z.load_state_dict(tree["log_z"])
+            self.evidence_optim.load_state_dict(numbered(tree["evidence_optim"]))
+        assert self.pair is not None
+        device = self.pair.model.device
+        for buffer, content in zip(self.buffers, tree["buffers"], strict=True):
+            buffer.from_tree(map_tree(lambda v: v.to(device), content))
 
     # ------------------------------------------------------------------------------ taking it apart
 
-    def _pair(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pair:
-        """Model and guide for these arguments; taken apart once as long as they stay the same."""
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pair:
+        """Taken apart once as long as the arguments stay the same."""
         given = (*args, *kwargs.values())
         if self.pair is not None and len(given) == len(self._arguments):
             if all(a is b for a, b in zip(given, self._arguments, strict=True)):
@@ -315,22 +271,16 @@ class RelativeTrajectoryBalance:
                 self._begin(pair)
         ranks.same_streams(pair.model.device)
         self.pair, self._arguments = pair, given
+        self._notice(pair)
         return pair
 
     def _begin(self, pair: Pair) -> None:
-        """Once: refuses what cannot be learned, and makes log Z."""
-        pair.refuse_trainable()
-        leaves = pair.parameters()
-        if not leaves:
-            raise ValueError(
-                "the guide has no trainable parameters: use a process with a module as its control "
-                "(Controlled), or with a copy of the network (Finetuned)"
-            )
+        """Once: makes log Z, too."""
         if self.evidence == "learned":
             self.log_z = LogZ(pair.model.num_problems or 1).to(pair.model.device)
         if self.log_z is not None:
             self.evidence_optim = torch.optim.Adam(self.log_z.parameters(), self.evidence_rate)
-        ranks.same_everywhere([*leaves.values(), *self._own_parameters()])
+        super()._begin(pair)
 
     def _check(self) -> None:
         if isinstance(self.evidence, str) and self.evidence not in ("learned", "vargrad"):
@@ -339,9 +289,7 @@ class RelativeTrajectoryBalance:
             raise ValueError("'vargrad' compares trajectories: it needs num_particles of 2 or more")
         if self.on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite is 'raise' or 'skip', got {self.on_nonfinite!r}")
-        for name in ("num_particles", "chunk", "subsample"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be a positive number, got {value}")
+        refuse_sizes(num_particles=self.num_particles, chunk=self.chunk, subsample=self.subsample)
 
 
 def _descend(total: Tensor) -> None:

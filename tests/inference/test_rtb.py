@@ -698,6 +698,56 @@ def test_a_foreign_checkpoint_is_refused(tmp_path):
         everything().load(tmp_path / "run.safetensors", Y)
 
 
+def test_other_data_are_refused_when_a_run_is_resumed(tmp_path):
+    file = tmp_path / "guide.safetensors"
+    everything().run(Y, num_updates=2, checkpoint=file)
+    again = everything()
+    again.step(Y)
+    again.step(Y + 1)
+    before = weights_of(again)
+    with pytest.raises(ValueError, match="other data, or to another program"):
+        again.run(Y + 0.1, num_updates=3, checkpoint=file, resume=True)
+    assert_same(weights_of(again), before)  # nothing was read
+    assert again.done == 2
+    again.run(Y.clone(), num_updates=3, checkpoint=file, resume=True)
+    other = everything()
+    other.load(file, Y + 0.1)  # which says that other data come now
+    other.run(Y + 0.1, num_updates=4, checkpoint=file)
+    everything().run(Y, num_updates=5, checkpoint=file, resume=True)
+
+
+def test_a_training_of_changing_data_is_resumed_with_any(tmp_path):
+    file, data = tmp_path / "guide.safetensors", [Y + k for k in range(6)]
+
+    def train(rtb, data):
+        for y in data:
+            rtb.step(y)
+        return rtb
+
+    whole = train(everything(), data)
+    train(everything(), data[:3]).save(file)
+    again = everything()
+    again.load(file, data[3])
+    assert train(again, data[3:]).history == whole.history
+    everything().run(data[5], num_updates=4, checkpoint=file, resume=True)
+
+
+def test_other_problems_are_refused(tmp_path):
+    file = tmp_path / "guide.safetensors"
+
+    def conditional(y, num_updates):
+        pyro.clear_param_store()
+        prior, settings = network(), {"evidence": "vargrad", "per_problem": ("y",)}
+        rtb = balance(program(prior), only(headed(prior)), **settings)
+        return rtb.run(y, num_updates=num_updates, checkpoint=file, resume=True)
+
+    conditional(torch.stack([Y, -Y]), 1)
+    for y in (torch.stack([Y, Y]), torch.stack([Y, -Y, Y])):
+        with pytest.raises(ValueError, match="other data, or to another program"):
+            conditional(y, 2)
+    assert len(conditional(torch.stack([Y, -Y]), 2)) == 2
+
+
 def test_progress_is_shown_if_asked_for(capsys):
     balance().run(num_updates=2)
     assert capsys.readouterr() == ("", "")

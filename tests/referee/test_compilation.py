@@ -181,7 +181,9 @@ def test_it_learns_the_posterior_of_every_y(subsample):
         assert corrected.particles.ess > 985
         assert float(corrected.log_evidence) == pytest.approx(float(evidence(process, y)), abs=0.02)
     information = 0.5 * math.log(1 + GAIN**2 * float(moments(process)[1]) / NOISE**2)
-    assert sum(learner.history[-20:]) / 20 == pytest.approx(-information, abs=0.05)
+    last = torch.tensor(learner.history[-20:])
+    error = float(last.std()) / 20**0.5  # which steps were drawn; 0.01 is that of the paths
+    assert abs(float(last.mean()) + information) < BOUND * (error + 0.01)
 
 
 def test_latents_are_learned_with_their_data():
