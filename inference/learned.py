@@ -157,9 +157,14 @@ class LearnedTwist(Twist, Proposal, ABC):
         """Writes the parameters to a safetensors file."""
         save_tree(path, self.tensors(), self._kind)
 
-    def load(self, path: str | Path) -> None:
-        """Reads what :meth:`save` wrote, into a family that was built alike."""
-        self.restore(load_tree(path, self._kind))
+    def load(self, path: str | Path, device: torch.device | str = "cpu") -> None:
+        """Reads what :meth:`save` wrote, into a family that was built alike.
+
+        Args:
+            device: where the parameters are going to be used, which is where the processes lie
+                (a network that was given stays where it is).
+        """
+        self.restore(load_tree(path, self._kind, device))
 
     @property
     def _kind(self) -> str:

@@ -166,6 +166,7 @@ class ResidualTwist(LearnedTwist):
             kept = len(tensors["last.bias"]) - 1
             size, rank = tensors["basis"].shape if "basis" in tensors else (kept, None)
             self.network = ResidualHead(size, len(tensors["centre"]) - 3 * kept, self.width, rank)
+            self.network.to(tensors["centre"].device)
         if self.network is not None and tensors:
             self.network.load_state_dict(tensors)
 

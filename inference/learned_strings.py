@@ -147,6 +147,7 @@ class StringTwist(LearnedTwist):
             cut = len(name) + 1
             own = {n[cut:]: v for n, v in tensors.items() if n.startswith(f"{name}/")}
             network = self._network(name, int(own.pop("vocabulary")))
+            network.to(next(iter(own.values())).device)
             network.load_state_dict(own)
 
     # ------------------------------------------------------------------------- twist and proposal

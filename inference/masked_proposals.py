@@ -11,6 +11,7 @@ which is exact if r is a sum over positions. The tokens that it prefers are
 would have been: such a proposal changes what is revealed, not when.
 """
 
+import math
 from collections.abc import Callable
 
 import pyro.distributions as dist
@@ -149,7 +150,7 @@ class NestedProposal(Proposal):
             other, value = self._candidate(t, x, kernels, inner, own)
             total = torch.logaddexp(total, value)
             kept = _choose(torch.rand_like(total).log() < value - total, other, kept)
-        mean = total - torch.tensor(self.num_candidates).to(total).log()
+        mean = total - math.log(self.num_candidates)
         log_ratio = torch.where(mean.isneginf(), 0.0, mean - kept["seen"]["log_psi"])
         return Move(kept["x"], log_ratio, kept["seen"])
 
@@ -213,9 +214,12 @@ def _tabulated(program: Program, names: tuple[str, ...]) -> Reward:
             f"only, but this one has {others or 'several problems'}: give it a reward"
         )
     shapes, sizes = _event_shapes(program, names)
-    origin = {n: torch.zeros(1, *shapes[n], dtype=torch.int64) for n in names}
+    device = program.device
+    origin = {n: torch.zeros(1, *shapes[n], dtype=torch.int64, device=device) for n in names}
     constant = program.log_joint(origin, {})
-    tables = {n: torch.zeros(*shapes[n], sizes[n], dtype=torch.float64) for n in names}
+    tables = {
+        n: torch.zeros(*shapes[n], sizes[n], dtype=torch.float64, device=device) for n in names
+    }
     for name in names:
         places = torch.ones(shapes[name]).nonzero()
         for token in range(sizes[name]):
@@ -258,7 +262,7 @@ def _check_sum(program: Program, tables: dict[str, Tensor], constant: Tensor) ->
     strings, expected = {}, constant.expand(CHECKED)
     for name, table in tables.items():
         shape = (CHECKED, *table.shape[:-1])
-        tokens = torch.randint(table.shape[-1], shape, generator=stream)
+        tokens = torch.randint(table.shape[-1], shape, generator=stream).to(table.device)
         worth = table.expand(CHECKED, *table.shape).gather(-1, tokens[..., None])
         strings[name], expected = tokens, expected + worth.flatten(1).sum(-1)
     error = (program.log_joint(strings, {}) - expected).abs().max()

@@ -67,8 +67,8 @@ class MarkovDenoiser(nn.Module):
                 "Build it with vocabulary=, without the mask.",
             )
         rewards = torch.zeros(1) if reward is None else reward.rewards
-        self.register_buffer("moves", functional.one_hot(moves, len(moves)).double())
-        self.register_buffer("rewards", rewards.double())
+        self.register_buffer("moves", functional.one_hot(moves, len(moves)).to(self.initial))
+        self.register_buffer("rewards", rewards.to(self.initial))
 
     @classmethod
     def fit(

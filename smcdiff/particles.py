@@ -239,12 +239,12 @@ def load_tree(path: str | Path, kind: str, device: torch.device | str = "cpu") -
     Raises:
         ValueError: the file holds something else.
     """
-    with safe_open(str(path), "pt", device=str(device)) as file:
+    with safe_open(str(path), "pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != kind:
             raise ValueError(
                 f"{path} is not a saved run of this version of smcdiff (format "
                 f"{metadata.get('format')!r}, expected {kind!r})"
             )
-        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        tensors = {k: file.get_tensor(k).to(device) for k in file.keys()}  # noqa: SIM118
     return unflatten_tree(json.loads(metadata["tree"]), tensors)
