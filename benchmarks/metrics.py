@@ -48,3 +48,14 @@ def median_bandwidth(y: Samples) -> float:
     n = len(y)
     median = torch.nn.functional.pdist(y.double()).median()
     return float(median / (2 * torch.log(torch.tensor(float(n)))) ** 0.5)
+
+
+def frechet(left: Samples, right: Samples) -> float:
+    """The squared Frechet distance of two sets, taken as Gaussian."""
+    means = [each.double().mean(0) for each in (left, right)]
+    first, second = (each.double().T.cov() for each in (left, right))
+    values, vectors = torch.linalg.eigh(first)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
+    trace = first.trace() + second.trace() - 2 * cross
+    return float((means[0] - means[1]).square().sum() + trace)

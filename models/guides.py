@@ -144,7 +144,7 @@ class Head(nn.Module):
         batch, event = x.shape[: x.dim() - self.event_dim], x.shape[x.dim() - self.event_dim :]
         dims = dict.fromkeys(self.reads, self.event_dim)
         names = self.reads if self.label is None else (*self.reads, self.label)
-        rows = context_rows({n: context[n] for n in names}, tuple(batch), dims)
+        rows = context_rows({n: context[n] for n in names}, tuple(batch), dims, x.device)
         parts = [flatten_batch(x, self.event_dim), flatten_batch(denoised, self.event_dim)]
         inputs = torch.cat([*parts, *(rows[n].to(x) for n in self.reads)], 1)
         time = torch.full((len(inputs),), float(t), dtype=x.dtype, device=x.device)
@@ -166,6 +166,8 @@ class Langevin(nn.Module):
         num_steps: T.
         clip: bounds every element of the gradient.
         reads: names of the context that log_reward takes as well, after x_0.
+        gain: :math:`a_t` as a control of its own, zero at first, whose values broadcast with x
+            (None: a number per step).
     """
 
     def __init__(
@@ -175,10 +177,11 @@ class Langevin(nn.Module):
         num_steps: int,
         clip: float = 100.0,
         reads: Sequence[str] = (),
+        gain: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.head, self.log_reward, self.clip, self.reads = head, log_reward, clip, tuple(reads)
-        self.gain = nn.Parameter(torch.zeros(num_steps + 1))
+        self.gain: nn.Module | nn.Parameter = gain or nn.Parameter(torch.zeros(num_steps + 1))
 
     def forward(self, x: Tensor, t: int, denoised: Tensor, **context: Any) -> Tensor:
         with torch.enable_grad():
@@ -187,6 +190,8 @@ class Langevin(nn.Module):
             (gradient,) = torch.autograd.grad(log_r.sum(), point)
         clipped = gradient.nan_to_num(0.0).clamp(-self.clip, self.clip)
         u: Tensor = self.head(x, t, denoised, **context)
+        if isinstance(self.gain, nn.Module):
+            return u + self.gain(x, t, denoised, **context) * clipped
         return u + self.gain[t] * clipped
 
 

@@ -128,3 +128,21 @@ def test_langevin_follows_the_gradient_of_its_own_label():
     x = torch.randn(3, 2)
     u = control(x, 1, x, wish=torch.tensor([-1.0, 0.5, 9.0]))
     assert torch.allclose(u, torch.tensor([[-2.0], [1.0], [3.0]]).expand(3, 2))
+
+
+def test_a_gain_may_be_a_control_of_its_own():
+    class PerLabel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(4, 3))
+
+        def forward(self, x, t, denoised, wish):
+            return self.table[t, wish][..., None]
+
+    gain = PerLabel()
+    head = Head(ResidualMLP(4, 8, 1))
+    control = Langevin(head, lambda x, wish: x.sum(-1), 3, reads=("wish",), gain=gain)
+    x, wish = torch.randn(2, 2), torch.tensor([0, 2])
+    assert control(x, 1, x, wish=wish).eq(0).all()
+    gain.table.data[1] = torch.tensor([3.0, 4.0, 5.0])
+    assert torch.equal(control(x, 1, x, wish=wish), torch.tensor([[3.0, 3.0], [5.0, 5.0]]))

@@ -1,0 +1,373 @@
+r"""One guide for twelve wishes: a digit, an even one or an odd one, under a frozen prior of images.
+
+    python benchmarks/rtb_images.py                   # 8x8 digits: minutes
+    python benchmarks/rtb_images.py --dataset mnist   # an hour and a half
+    python benchmarks/rtb_images.py --save guide.pt   # and --load guide.pt: without learning again
+
+The reward of an image is what a classifier thinks of the likeliest digit of the wish,
+log r = max log p(digit | x) (Venkatraman et al. 2024, section 3.2). A guide that reads the wish, a
+small network beside the prior's and the gradient of log r, learns all twelve posteriors at once by
+relative trajectory balance. Every rival gets for one posterior what RTB has cost for it: a twelfth
+of the learning, and the draws; DPS and LGD-MC, which have no use for more, get their draws.
+
+DPS and LGD-MC are the look-ahead of `TwistedSMC` without weights, at a point and at eight draws of
+x_0. "Own label" is the prior with the label that it was trained with: what supervision achieves.
+Printed for each set of draws are the reward in the eyes of the guiding classifier, how often
+another one, the judge, agrees, the squared Frechet distance from real images of the wish in the
+judge's eyes beside that of as many other real images, and the mean distance of two draws there as a
+share of that of real images; the effective number of independent draws, log Z (± its deviation over
+four runs), and the calls of all networks, backward passes included.
+"""
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from metrics import frechet
+from torch import Tensor, nn
+from wishes import spread
+
+from smcdiff import Posterior
+from smcdiff.inference import (
+    SMC,
+    OnPolicy,
+    PowerTwist,
+    PriorPaths,
+    RelativeTrajectoryBalance,
+    ResidualLoss,
+    TrustRegionTwistedSMC,
+    TwistedSMC,
+)
+from smcdiff.models import Controlled, Diffusion, Head, Langevin, LearnedScale, Preconditioned
+from smcdiff.models.digits import load_digits_split
+from smcdiff.models.mnist import load_mnist
+from smcdiff.models.networks import ResidualMLP, UNet
+from smcdiff.restoration import DATASETS
+
+WISHES = {str(digit): [digit] for digit in range(10)}
+WISHES |= {"even": [0, 2, 4, 6, 8], "odd": [1, 3, 5, 7, 9]}
+MEMBERS = torch.zeros(len(WISHES), 10, dtype=torch.bool)
+for _row, _digits in enumerate(WISHES.values()):
+    MEMBERS[_row, _digits] = True
+RUNS, PROBLEMS, PATHS = 4, 8, 8  # an update takes 8 wishes and 8 trajectories for each
+COLUMNS = "reward | judge agrees | Frechet | distance | independent | log Z | calls"
+
+
+def log_reward(classifier: nn.Module, x: Tensor, wish: Tensor) -> Tensor:
+    likely: Tensor = classifier(x).log_softmax(-1)
+    return likely.masked_fill(~MEMBERS.to(x.device)[wish], -math.inf).amax(-1)
+
+
+# ------------------------------------------------------------------------------------- learning
+
+
+def own_network(side: int, time_scale: float) -> nn.Module:
+    """What the guide adds to the prior: it sees x_t and the estimate of x_0 as two channels."""
+    settings: Any = {"num_classes": len(WISHES), "time_scale": time_scale}
+    if side == 8:
+        return ResidualMLP(2 * side**2, 256, 2, **settings)
+    return UNet(2, (16, 32), patch=2, heads=0, **settings)
+
+
+class Gain(nn.Module):
+    """How far to follow the gradient, by step and wish."""
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(num_steps + 1, len(WISHES)))
+
+    def forward(self, x: Tensor, t: int, denoised: Tensor, wish: Tensor) -> Tensor:
+        return self.table[t, wish][..., None, None, None]
+
+
+@dataclass
+class Setting:
+    """A prior, who rewards and who judges; the program and its guide."""
+
+    prior: Diffusion
+    classifier: nn.Module
+    judge: nn.Module
+
+    def __post_init__(self) -> None:
+        steps = self.prior.num_steps
+        network = own_network(self.prior.event_shape[-1], 1000 / steps)
+        head = Head(network, event_dim=3, label="wish")
+        gain = Gain(steps)
+        ahead = Langevin(head, self.reward, steps, clip=10.0, reads=("wish",), gain=gain)
+        control, scale = Preconditioned(ahead, self.prior), LearnedScale(steps)
+        self.controlled = Controlled(self.prior, control, scale=scale, reads=("wish",))
+        self.parts = nn.ModuleDict({"control": control, "scale": scale})
+
+    def reward(self, x: Tensor, wish: Tensor) -> Tensor:
+        return log_reward(self.classifier, x, wish)
+
+    def model(self, wish: Tensor) -> None:
+        pyro.factor("wish", self.reward(self.prior("x"), wish))
+
+    def guide(self, wish: Tensor) -> None:
+        self.controlled("x", wish=wish)
+
+    def labelled(self, wish: Tensor) -> None:
+        self.prior("x", label=wish)
+
+
+def rates(updates: int) -> pyro.optim.PyroOptim:
+    """Adam, down to a fiftieth of its rate; numbers learn faster than networks."""
+
+    def settings(name: str) -> dict[str, float]:
+        few = "gain" in name or "scale" in name
+        return {"lr": 5e-2 if few else 2e-3, "lrd": 0.02 ** (1 / updates), "clip_norm": 1e9}
+
+    return pyro.optim.ClippedAdam(settings)
+
+
+def learn(setting: Setting, updates: int) -> int:
+    """Half of the updates on the guide's own paths, half on the prior's; returns its calls."""
+    rtb = RelativeTrajectoryBalance(
+        setting.model,
+        setting.guide,
+        rates(updates),
+        evidence="vargrad",
+        num_particles=PATHS,
+        behaviours=(OnPolicy(), PriorPaths()),
+        loss=ResidualLoss(huber=3.0),
+        max_gradient_norm=100.0,
+        per_problem={"wish": 0},
+    )
+    for update in range(updates):
+        rtb.step(torch.randint(len(WISHES), (PROBLEMS,)))
+        if (update + 1) % max(1, updates // 8) == 0:
+            bound = statistics.mean(u.mean for u in rtb.history[-update // 8 :: 2])
+            print(f"{update + 1} updates: evidence lower bound {bound:.2f}", flush=True)
+    # the guide's own network is asked as often as the prior's, and has backward passes
+    return 2 * rtb.calls.network + setting.prior.num_steps * PROBLEMS * PATHS * updates
+
+
+# ---------------------------------------------------------------------------------- the contestants
+
+
+@dataclass(frozen=True)
+class Found:
+    """Draws, and what the weights say (nan where there are none)."""
+
+    draws: Tensor
+    calls: float
+    independent: float = math.nan
+    log_z: float = math.nan
+    deviation: float = math.nan
+
+
+def calls_of(posterior: Posterior, networks: int = 1) -> int:
+    return networks * posterior.num_network_calls + posterior.num_gradient_calls
+
+
+def weighted(posterior: Posterior, number: int, networks: int = 1) -> Found:
+    """As many draws by weight, from all runs together."""
+    log_z = posterior.log_evidence
+    logs = (posterior.log_weights.log_softmax(-1) + log_z[:, None]).flatten()
+    # systematic: nothing is drawn twice that weighs less than one draw
+    edges = logs.softmax(0).cumsum(0)
+    at = (torch.arange(number, dtype=edges.dtype) + torch.rand(())) / number
+    chosen = torch.searchsorted(edges, at).clamp(max=len(edges) - 1)
+    return Found(
+        posterior.samples["x"].flatten(0, 1)[chosen],
+        calls_of(posterior, networks),
+        posterior.diagnose().independent_particles,
+        float(posterior.evidence.log_evidence),
+        float(log_z.std()),
+    )
+
+
+def unweighted(posterior: Posterior, number: int, networks: int = 1) -> Found:
+    return Found(posterior.samples["x"].flatten(0, 1)[:number], calls_of(posterior, networks))
+
+
+def contestants(
+    setting: Setting, wish: Tensor, number: int, share: float
+) -> Iterator[tuple[str, Found]]:
+    """Every method's draws for one wish; ``share`` is what this posterior has cost to learn."""
+    model, steps = setting.model, setting.prior.num_steps
+    apart: Any = {"ess_threshold": 0.0, "num_runs": RUNS, "chunk_size": 256}
+    guided = SMC(model, guide=setting.guide, num_particles=number // RUNS, **apart).run(wish)
+    yield "RTB, as drawn", unweighted(guided, number, networks=2)
+    yield "RTB, corrected", weighted(guided, number, networks=2)
+    budget = share + calls_of(guided, networks=2)
+
+    groups = max(1, round(budget / steps / number))
+    best = SMC(model, num_particles=groups, ess_threshold=0.0, num_runs=number, chunk_size=256)
+    posterior = best.run(wish)
+    yield f"best of {groups}", Found(posterior.best()["x"], calls_of(posterior))
+
+    size: Any = {"num_runs": RUNS, "chunk_size": 256}
+    particles = round(budget / steps / RUNS)
+    yield (
+        "prior, weighted",
+        weighted(SMC(model, num_particles=particles, **apart).run(wish), number),
+    )
+    ahead: Any = {"covariance": "none", "damping": 0.0, "num_draws": 0, **apart}
+    few: Any = {"num_particles": number // RUNS}
+    yield "DPS", unweighted(TwistedSMC(model, **ahead, **few).run(wish), number)
+    ahead |= {"covariance": "scalar", "num_draws": 8}
+    yield "LGD-MC", unweighted(TwistedSMC(model, **ahead, **few).run(wish), number)
+    twisted = TwistedSMC(model, num_particles=particles // 2, **size)
+    yield "TwistedSMC", weighted(twisted.run(wish), number)
+    yield "trust region", trust_region(model, wish, number, particles // 2)
+    if len(WISHES[list(WISHES)[int(wish)]]) == 1:
+        own = SMC(model, guide=setting.labelled, num_particles=number // RUNS, **apart).run(wish)
+        yield "own label, as drawn", unweighted(own, number, networks=2)
+        yield "own label, corrected", weighted(own, number, networks=2)
+
+
+def trust_region(model: Callable[..., None], wish: Tensor, number: int, particles: int) -> Found:
+    """A quarter of the calls in two sweeps of learning, the rest in the final runs."""
+    method = TrustRegionTwistedSMC(
+        model,
+        PowerTwist(),
+        num_iterations=2,
+        learning_particles=max(2, particles * RUNS // 8),
+        num_particles=particles * 3 // 4,
+        num_runs=RUNS,
+        chunk_size=256,
+        smoothing=0.7,
+    )
+    found = weighted(method.run(wish), number)
+    spent = method.learning_calls
+    calls = found.calls + spent.network + spent.gradient
+    return Found(found.draws, calls, found.independent, found.log_z, found.deviation)
+
+
+# --------------------------------------------------------------------------------------- judging
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images of a wish, and others of it, as the judge sees them."""
+
+    features: Tensor
+    others: Tensor
+
+    def row(self, setting: Setting, wish: Tensor, found: Found) -> str:
+        x = found.draws
+        seen = features(setting.judge, x)
+        agrees = MEMBERS[wish][setting.judge(x).argmax(-1)].float().mean()
+        cells = [
+            f"{setting.reward(x, wish).mean():.3f}",
+            f"{agrees:.3f}",
+            f"{frechet(seen, self.features):.2f}",
+            f"{spread(seen) / spread(self.others):.3f}",
+            f"{found.independent:.0f}",
+            f"{found.log_z:.3f} ± {found.deviation:.3f}",
+            f"{found.calls:.0f}",
+        ]
+        return " | ".join(cells).replace("nan ± nan", "-").replace("nan", "-")
+
+
+@torch.no_grad()
+def features(judge: nn.Module, x: Tensor) -> Tensor:
+    """What the last layer of the judge sees; of the small one its logits, for want of images."""
+    last: nn.Module = getattr(judge, "features", judge)
+    return torch.cat([last(part) for part in x.split(500)])
+
+
+def real_images(name: str, wish: str, number: int) -> tuple[Tensor, Tensor]:
+    """Many real images of a wish, and ``number`` others."""
+    if name == "mnist":
+        many, others = load_mnist("train"), load_mnist("test")
+    else:
+        many, others = load_digits_split().train, load_digits_split().heldout
+    kept = [torch.isin(each.labels, torch.tensor(WISHES[wish])) for each in (many, others)]
+    found = others.images[kept[1]]
+    return many.images[kept[0]], found[torch.randperm(len(found))[:number]]
+
+
+def judge_all(setting: Setting, arguments: argparse.Namespace, share: float) -> dict[str, Any]:
+    """Prints the tables; returns what each method has found, by wish."""
+    rows: dict[str, Any] = {}
+    for wish in arguments.wishes:
+        pyro.set_rng_seed(1)
+        many, others = real_images(arguments.dataset, wish, arguments.draws)
+        reference = Reference(features(setting.judge, many), features(setting.judge, others))
+        print(f"\n### {wish}\n\n| method | {COLUMNS} |\n" + "|---" * 8 + "|")
+        index = torch.tensor(list(WISHES).index(wish))
+        real = Found(others, math.nan)
+        rows[wish] = {"real images": real}
+        print(f"| {len(others)} real images | {reference.row(setting, index, real)} |", flush=True)
+        for name, found in contestants(setting, index, arguments.draws, share):
+            print(f"| {name} | {reference.row(setting, index, found)} |", flush=True)
+            rows[wish][name] = found
+    return rows
+
+
+def amortisation(rows: dict[str, dict[str, Found]], training: float) -> None:
+    """Calls for so many independent draws, over all posteriors of the guide together."""
+    names = ["RTB, corrected", "prior, weighted", "TwistedSMC", "trust region"]
+    price = {
+        name: statistics.mean(each[name].calls / each[name].independent for each in rows.values())
+        for name in names
+    }
+    print(f"\nLearning took {training / 1e6:.2f} million calls. Millions of calls for")
+    print(f"| independent draws | {' | '.join(names)} |\n" + "|---" * (len(names) + 1) + "|")
+    for number in (100, 1000, 10_000, 100_000):
+        cells = [f"{(number * price[n] + training * (n == names[0])) / 1e6:.2f}" for n in names]
+        print(f"| {number} | {' | '.join(cells)} |")
+    for name in names[1:]:
+        if price[name] > price[names[0]]:
+            pays = math.ceil(training / (price[name] - price[names[0]]))
+            print(f"Learning pays against {name!r} after {pays} draws.")
+        else:
+            print(f"Learning never pays against {name!r}.")
+
+
+def picture(path: Path, found: dict[str, Found]) -> None:
+    """Sixteen draws of each method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((7.2, 0.62 * len(found)), layout="constrained")
+    for ax, (name, each) in zip(figure.subplots(len(found)), found.items(), strict=True):
+        shown = each.draws[:: max(1, len(each.draws) // 16)][:16]
+        ax.imshow(torch.cat(list(shown[:, 0]), -1), cmap="gray", vmin=-1, vmax=1)
+        ax.set_axis_off()
+        ax.set_title(name, loc="left", fontsize="x-small", pad=2)
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--dataset", choices=DATASETS, default="digits")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--updates", type=int, default=400)
+    parser.add_argument("--draws", type=int, default=256, help="from each posterior")
+    parser.add_argument("--wishes", nargs="+", choices=WISHES, default=["3", "7", "even", "odd"])
+    parser.add_argument("--save", type=Path, help="the guide, once it has learned")
+    parser.add_argument("--load", type=Path, help="a guide that was saved")
+    parser.add_argument("--picture", type=Path, help="a PNG of draws for the first wish")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    pyro.set_rng_seed(0)
+    dataset, start = DATASETS[arguments.dataset], time.process_time()
+    judges = dataset.classifier("guide"), dataset.classifier("judge")
+    setting = Setting(dataset.prior(arguments.steps), *judges)
+    if arguments.load is not None:
+        stored = torch.load(arguments.load)
+        calls = stored["calls"]
+        setting.parts.load_state_dict(stored["parts"])
+    else:
+        calls = learn(setting, arguments.updates)
+    if arguments.save is not None:
+        torch.save({"calls": calls, "parts": setting.parts.state_dict()}, arguments.save)
+    print(f"Learning: {time.process_time() - start:.0f} s of CPU, {calls} calls", flush=True)
+    rows = judge_all(setting, arguments, calls / len(WISHES))
+    amortisation(rows, calls)
+    if arguments.picture is not None:
+        picture(arguments.picture, rows[arguments.wishes[0]])
+
+
+if __name__ == "__main__":
+    main()
