@@ -181,7 +181,8 @@ class Langevin(nn.Module):
     ) -> None:
         super().__init__()
         self.head, self.log_reward, self.clip, self.reads = head, log_reward, clip, tuple(reads)
-        self.gain: nn.Module | nn.Parameter = gain or nn.Parameter(torch.zeros(num_steps + 1))
+        per_step = nn.Parameter(torch.zeros(num_steps + 1))
+        self.gain: nn.Module | nn.Parameter = per_step if gain is None else gain
 
     def forward(self, x: Tensor, t: int, denoised: Tensor, **context: Any) -> Tensor:
         with torch.enable_grad():

@@ -1,5 +1,6 @@
 """What `python training/mnist.py --measure` reports about the stored weights, and the picture."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from smcdiff.models.mnist import (
 )
 from smcdiff.models.objectives import Objective, validation_loss
 from smcdiff.models.priors import mnist_prior
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from metrics import frechet
 
 NUM_STEPS = 100
 SHEETS = (20, 50, 100, 1000)
@@ -59,17 +63,6 @@ def judged(classifier: MnistClassifier, images: Tensor, labels: Tensor | None = 
     if labels is not None:
         figures["accuracy"] = round((found == labels).double().mean().item(), 4)
     return figures
-
-
-def frechet(left: Tensor, right: Tensor) -> float:
-    """The squared Frechet distance of two sets of features, taken as Gaussian."""
-    means = [each.double().mean(0) for each in (left, right)]
-    first, second = (each.double().T.cov() for each in (left, right))
-    values, vectors = torch.linalg.eigh(first)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
-    trace = first.trace() + second.trace() - 2 * cross
-    return round(((means[0] - means[1]).square().sum() + trace).item(), 3)
 
 
 def nearest(images: Tensor, train: Tensor, chunk: int = 500) -> Tensor:
@@ -156,7 +149,7 @@ def measure(objective: Objective, data: Path | None, count: int, picture: Path) 
         "judge_on_unconditional": judged(judge, free),
         "judge_on_conditional": judged(judge, conditional, labels),
         "frechet_distance_to_test_images": {
-            name: frechet(in_chunks(judge.features, images), of_test)
+            name: round(frechet(in_chunks(judge.features, images), of_test), 3)
             for name, images in sets.items()
         },
         "nearest_neighbour_unconditional": neighbours(train, test, free),
