@@ -13,6 +13,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
+from smcdiff.arguments import check_callable, check_kind, check_number, check_whole
 from smcdiff.process import Process, is_deterministic
 
 from .pair import Pair
@@ -29,6 +30,9 @@ class LinearRamp:
     first: float
     last: float
     updates: int
+
+    def __post_init__(self) -> None:
+        check_whole("updates", self.updates)
 
     def __call__(self, update: int) -> float:
         share = min(1.0, update / self.updates)
@@ -61,6 +65,9 @@ class Inflated(Behaviour):
 
     factor: Ramp
 
+    def __post_init__(self) -> None:
+        check_callable("factor", self.factor, "LinearRamp(2.5, 1.0, 4500)")
+
     def plan(self, pair: Pair, total: int, update: int) -> Plan:
         factor = self.factor(update)
         return Plan(pair.num_steps, lambda q, p: inflate(q, factor))
@@ -85,6 +92,11 @@ class Noised(Behaviour):
 
     terminals: ReplayBuffer | Tensor | Mapping[str, Tensor]
 
+    def __post_init__(self) -> None:
+        check_kind(
+            "terminals", self.terminals, ReplayBuffer | Tensor | Mapping, "ReplayBuffer(1000)"
+        )
+
     def plan(self, pair: Pair, total: int, update: int) -> Plan:
         x0, latents = draw_terminals(self.terminals, pair, total)
         given = noise_backwards(pair, x0, pair.num_steps)
@@ -105,6 +117,12 @@ class BackAndForth(Behaviour):
 
     terminals: ReplayBuffer | Tensor | Mapping[str, Tensor]
     share: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_kind(
+            "terminals", self.terminals, ReplayBuffer | Tensor | Mapping, "ReplayBuffer(1000)"
+        )
+        check_number("share", self.share, 0, 1)
 
     def plan(self, pair: Pair, total: int, update: int) -> Plan:
         if total % 2:

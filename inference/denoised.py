@@ -22,12 +22,13 @@ kernel and proposal agree exactly wherever the model is linear and Gaussian.
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from smcdiff.arguments import check_number, check_option, check_whole
 from smcdiff.process import is_deterministic
 from smcdiff.program import Program
 from smcdiff.twist import Twist, TwistValue, View
@@ -75,11 +76,9 @@ class DenoisedLikelihood(Twist):
         curvature: bool | None = None,
         damping: float | None = None,
     ) -> None:
-        if damping is not None and not damping >= 0:
-            raise ValueError(f"damping must be 0 (none) or more, but got {damping}")
-        names = ("auto", "none", "scalar", "diagonal", "jacobian")
-        if covariance not in names:
-            raise ValueError(f"covariance must be one of {names}, but got {covariance!r}")
+        check_option("covariance", covariance, get_args(CovarianceName))
+        check_whole("num_draws", num_draws, 0)
+        check_number("damping", damping, 0, math.inf, "[)", or_none="as the program needs it")
         self.covariance, self._draws, self.gradient = covariance, num_draws, gradient
         self.curvature, self.damping = curvature, damping
 

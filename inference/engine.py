@@ -18,6 +18,7 @@ from jaxtyping import Float64
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
+from smcdiff.arguments import check_kind, check_number, check_whole
 from smcdiff.dissection import draw, placeholder
 from smcdiff.execution import Statement
 from smcdiff.particles import Calls, Particles, Step, map_tree
@@ -63,26 +64,19 @@ class Settings:
     exponent: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("num_particles", "num_runs"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, but got {value!r}")
-        if not 0.0 <= self.ess_threshold <= 1.0:
-            raise ValueError(
-                f"ess_threshold is a share of the particles in [0, 1], but got {self.ess_threshold}"
-            )
-        if not 0.0 <= self.smoothing < 1.0:
-            raise ValueError(
-                f"smoothing is a share in [0, 1) that is held back, but got {self.smoothing}"
-            )
+        check_whole("num_particles", self.num_particles)
+        check_whole("num_runs", self.num_runs)
+        check_number("ess_threshold, a share of the particles,", self.ess_threshold, 0, 1)
+        check_whole("chunk_size", self.chunk_size, or_none="all particles at once")
+        check_kind("rejuvenation", self.rejuvenation, Rejuvenation, "Rejuvenation()", optional=True)
+        check_number("smoothing, the share that is held back,", self.smoothing, 0, 1, "[)")
+        check_number("exponent", self.exponent, 0, 1, "(]")
         if self.smoothing and self.rejuvenation is not None:
             raise ValueError(
                 f"smoothing ({self.smoothing}) and rejuvenation exclude each other: a move must "
                 "know the law of the particles, and weights that are held back hide it"
             )
         check_scheme(self.resampler)
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be positive or None, but got {self.chunk_size}")
 
 
 class Engine:

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from smcdiff.arguments import check_number
 from smcdiff.weights import check_log_weights, effective_sample_size, normalise
 
 HALVINGS = 60
@@ -50,15 +51,9 @@ class TrustRegion:
     ess_target: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.epsilon > 0:
-            raise ValueError(
-                f"epsilon is a divergence in nats and must be positive, but got {self.epsilon}: "
-                "0.5 is usual, less makes more and safer steps"
-            )
-        if self.ess_target is not None and not 0.0 < self.ess_target < 1.0:
-            raise ValueError(
-                f"ess_target is a share of the samples in (0, 1), but got {self.ess_target}"
-            )
+        check_number("epsilon, a divergence in nats,", self.epsilon, 0, math.inf, "(]")
+        share = "ess_target, a share of the samples,"
+        check_number(share, self.ess_target, 0, 1, "()", or_none="epsilon decides")
 
     def never_binds(self, num_samples: int) -> bool:
         """Whether so many samples cannot diverge enough: K is at most log N."""

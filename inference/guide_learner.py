@@ -16,7 +16,9 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from smcdiff.arguments import check_kind, check_whole
 from smcdiff.particles import Calls, check_checkpoint, load_tree, save_tree
+from smcdiff.program import check_model
 
 from . import ranks
 from .pair import Pair, leaves
@@ -53,6 +55,9 @@ class GuideLearner(ABC, Generic[Record]):
         num_particles: int,
         max_gradient_norm: float | None,
     ) -> None:
+        check_model("model", model)
+        check_model("guide", guide)
+        check_kind("optim", optim, PyroOptim, "pyro.optim.Adam({'lr': 1e-3})")
         self.model, self.guide, self.optim = model, guide, optim
         self.num_particles, self.max_gradient_norm = num_particles, max_gradient_norm
         self.calls, self.history = Calls(), list[Record]()
@@ -234,10 +239,9 @@ class GuideLearner(ABC, Generic[Record]):
 
 
 def refuse_sizes(**sizes: int | None) -> None:
-    """Refuses settings that are no positive numbers (None: not set)."""
+    """Refuses settings that are no positive integers (None: not set)."""
     for name, value in sizes.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be a positive number, got {value}")
+        check_whole(name, value, or_none="not set")
 
 
 def shapes(parameters: Mapping[str, Tensor]) -> dict[str, list[int]]:

@@ -14,6 +14,7 @@ the model and :math:`e \sim N(\mu, \rho^2)` under the family:
   affine change of every transition.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -22,6 +23,7 @@ from jaxtyping import Float64
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
+from smcdiff.arguments import check_kind, check_number, check_whole
 from smcdiff.process import Kernel, Tree, is_deterministic
 from smcdiff.program import Program
 from smcdiff.twist import TwistValue, View
@@ -56,6 +58,10 @@ class ElementwiseTwist(LearnedTwist, ABC):
         floor: float = NARROWEST,
         reach: int | None = None,
     ) -> None:
+        check_kind("features", features, Tensor | Mapping, "torch.eye(2, 9)", optional=True)
+        check_number("pseudo_count", pseudo_count, 0, math.inf, "[)")
+        check_number("floor", floor, 0, 1, "(]")
+        check_whole("reach", reach, 0, or_none="an eighth of the steps")
         self.features, self.pseudo_count, self.floor = features, pseudo_count, floor
         self.reach = reach
         self.tables: dict[str, Tensor] = {}  # by process and time; none: the model's own law

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from smcdiff.arguments import check_kind
 from smcdiff.dissection import CHECKED, stand_in
 from smcdiff.execution import Statement
 from smcdiff.process import Kernel, Tree
@@ -34,6 +35,8 @@ class JointTwist(LearnedTwist):
     """
 
     def __init__(self, *parts: LearnedTwist) -> None:
+        for part in parts:
+            check_kind("a part of a JointTwist", part, LearnedTwist, "QuadraticTwist()")
         self.parts = parts
         self._waiting: Mapping[str, Tensor] = {}  # parameters of parts that are not chosen yet
 

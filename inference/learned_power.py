@@ -9,12 +9,14 @@ the maximum of the weighted likelihood of those transitions. Every element of a 
 so few paths do. (A factor of psi_t that is the same for all particles would cancel.)
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from smcdiff.arguments import check_kind, check_number, check_whole
 from smcdiff.process import Kernel, Tree
 from smcdiff.program import Program
 from smcdiff.twist import Twist, TwistValue, View
@@ -55,8 +57,9 @@ class PowerTwist(LearnedTwist):
     ) -> None:
         if not 0 <= begin <= largest:
             raise ValueError(f"begin must be in [0, largest = {largest}], but got {begin}")
-        if not pseudo_count > 0:
-            raise ValueError(f"pseudo_count must be positive, but got {pseudo_count}")
+        check_kind("base", base, Twist, "DenoisedLikelihood()", optional=True)
+        check_number("pseudo_count", pseudo_count, 0, math.inf, "()")
+        check_whole("reach", reach, 0, or_none="an eighth of the steps")
         self.base, self.begin, self.largest = base or DenoisedLikelihood(), begin, largest
         self.pseudo_count, self.reach = pseudo_count, reach
         self.powers: Tensor | None = None  # a_1, ..., a_T

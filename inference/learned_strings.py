@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, silu, softplus
 
+from smcdiff.arguments import check_kind, check_number
 from smcdiff.process import Kernel, Tree
 from smcdiff.program import Program
 from smcdiff.twist import Twist, TwistValue, View
@@ -112,6 +113,9 @@ class StringTwist(LearnedTwist):
         defensive: float = 0.1,
         descent: Descent = Descent(200, 128, 4, held_out=0.25),  # noqa: B008 (a frozen value)
     ) -> None:
+        check_kind("base", base, Twist, "RelaxedLikelihood()", optional=True)
+        check_number("pseudo_count", pseudo_count, 0, math.inf, "[)")
+        check_number("defensive", defensive, 0, 1, "[)")
         self.base, self.build, self.descent = base, build or StringNetwork, descent
         self.pseudo_count, self.defensive = pseudo_count, defensive
         self.networks: dict[str, nn.Module] = {}

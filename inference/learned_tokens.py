@@ -11,6 +11,7 @@ is a proposal beside the twist. The mask is a token like others: its bias says *
 Impossible tokens stay impossible.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from jaxtyping import Float, Float64, Int64
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor, nn
 
+from smcdiff.arguments import check_number
 from smcdiff.laws import base_law
 from smcdiff.process import Kernel, Tree
 from smcdiff.program import Program
@@ -61,6 +63,8 @@ class TokenTwist(LearnedTwist):
         defensive: float = 0.1,
         descent: Descent = Descent(),  # noqa: B008 (a frozen value)
     ) -> None:
+        check_number("pseudo_count", pseudo_count, 0, math.inf, "[)")
+        check_number("defensive", defensive, 0, 1, "[)")
         self.network, self.descent = network, descent
         self.pseudo_count, self.defensive = pseudo_count, defensive
         self.tables: dict[str, Tensor] = {}  # by process and time; none: the model's own law

@@ -20,6 +20,7 @@ from jaxtyping import Float, Float64
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
+from smcdiff.arguments import check_callable, check_kind, check_number, check_whole
 from smcdiff.dissection import placeholder
 from smcdiff.execution import Statement
 from smcdiff.laws import base_law, double, log_density
@@ -48,6 +49,7 @@ class RelaxedLikelihood(Twist):
     """
 
     def __init__(self, reward: Reward | None = None) -> None:
+        check_callable("reward", reward, "lambda p: p['x'][..., 0].sum(-1)", optional=True)
         self.reward = reward
 
     def prepare(self, program: Program) -> None:
@@ -94,6 +96,7 @@ class TiltedTokens(Proposal):
     """
 
     def __init__(self, temper: float = 1.0) -> None:
+        check_number("temper", temper, 0, math.inf, "[)")
         self.temper = temper
 
     def move(self, t: int, x: dict[str, Tensor], kernels: dict[str, Kernel], cache: Tree) -> Move:
@@ -121,8 +124,8 @@ class NestedProposal(Proposal):
     """
 
     def __init__(self, num_candidates: int = 8, inner: Proposal | None = None) -> None:
-        if num_candidates < 1:
-            raise ValueError(f"num_candidates must be at least 1, but got {num_candidates}")
+        check_whole("num_candidates", num_candidates)
+        check_kind("inner", inner, Proposal, "TiltedTokens()", optional=True)
         self.num_candidates, self.inner = num_candidates, inner or FromKernel()
 
     def prepare(self, program: Program) -> None:

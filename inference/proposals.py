@@ -4,6 +4,7 @@ A proposal draws :math:`x_{t-1} \sim q(\cdot \mid x_t)` and returns :math:`\log 
 draw. Any proposal that dominates the kernel gives the right answer.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from jaxtyping import Float64
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
+from smcdiff.arguments import check_number
 from smcdiff.laws import log_density
 from smcdiff.process import Kernel, Tree, is_deterministic
 from smcdiff.program import Program
@@ -134,6 +136,8 @@ class TwistedKernel(Proposal):
         clip: float | None = None,
         twisted_start: bool = True,
     ) -> None:
+        check_number("temper", temper, 0, math.inf, "[)")
+        check_number("clip", clip, 0, math.inf, "(]", or_none="unlimited")
         self.curvature, self.temper, self.clip = curvature, temper, clip
         self.twisted_start = twisted_start
 

@@ -9,6 +9,7 @@ All runs move at the same, fixed steps. Moving only the runs that were just resa
 particles decide whether they move, and bias the evidence.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
+from smcdiff.arguments import check_names, check_number, check_option, check_whole
 from smcdiff.process import Tree
 from smcdiff.program import Program
 
@@ -42,10 +44,12 @@ class Rejuvenation:
     every: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in ("random_walk", "mala"):
-            raise ValueError(f"kind must be 'random_walk' or 'mala', but got {self.kind!r}")
-        if not self.step_size > 0 or self.num_moves < 1 or self.every < 1:
-            raise ValueError("step_size, num_moves and every must be positive")
+        check_option("kind", self.kind, ("random_walk", "mala"))
+        if self.names is not None:
+            check_names("names", self.names)
+        check_number("step_size", self.step_size, 0, math.inf, "()")
+        check_whole("num_moves", self.num_moves)
+        check_whole("every", self.every)
 
     def prepare(self, program: Program) -> None:
         feeding = set().union(*(program.sources[n].parents for n in program.processes))

@@ -4,6 +4,7 @@ Of N states, the one with rank k = 0, 1, ... is drawn with probability proportio
 :math:`1 / (c N + k)` (Tripp et al. 2020; Sendera et al. 2024, arXiv 2402.05098).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from smcdiff.arguments import check_callable, check_kind, check_number, check_whole
 from smcdiff.particles import map_tree
 
 LogDensity = Callable[[dict[str, Tensor]], Tensor]
@@ -44,26 +46,31 @@ class Mala:
     Attributes:
         log_density: of x_0 by process, with shape ``(n,)`` and a gradient. The posterior's own is
             rarely known: reward plus a proxy of the prior will do, since any x_0 may be replayed.
-        moves: how many.
-        size: the standard deviation of a move's noise.
+        num_moves: how many.
+        step_size: the standard deviation of a move's noise.
     """
 
     log_density: LogDensity
-    moves: int = 20
-    size: float = 0.1
+    num_moves: int = 20
+    step_size: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_callable("log_density", self.log_density, "lambda x: -x['x'].square().sum(-1)")
+        check_whole("num_moves", self.num_moves)
+        check_number("step_size", self.step_size, 0, math.inf, "()")
 
     def move(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """The states after all moves."""
         log_density, gradient = self._look(x)
-        for _ in range(self.moves):
-            drift = {n: 0.5 * self.size**2 * g for n, g in gradient.items()}
-            there = {n: v + drift[n] + self.size * torch.randn_like(v) for n, v in x.items()}
+        for _ in range(self.num_moves):
+            drift = {n: 0.5 * self.step_size**2 * g for n, g in gradient.items()}
+            there = {n: v + drift[n] + self.step_size * torch.randn_like(v) for n, v in x.items()}
             log_there, back = self._look(there)
             ratio = log_there - log_density
             for n, v in x.items():
                 forth = there[n] - v - drift[n]
-                home = v - there[n] - 0.5 * self.size**2 * back[n]
-                ratio = ratio + _square(forth, home, self.size)
+                home = v - there[n] - 0.5 * self.step_size**2 * back[n]
+                ratio = ratio + _square(forth, home, self.step_size)
             accepted = torch.rand_like(ratio).log() < ratio
             x = {n: _choose(accepted, there[n], v) for n, v in x.items()}
             gradient = {n: _choose(accepted, back[n], g) for n, g in gradient.items()}
@@ -88,6 +95,9 @@ class ReplayBuffer:
     """
 
     def __init__(self, capacity: int, flatness: float = 0.01, refine: Mala | None = None) -> None:
+        check_whole("capacity", capacity)
+        check_number("flatness", flatness, 0, math.inf, "(]")
+        check_kind("refine", refine, Mala, "Mala(log_density)", optional=True)
         self.capacity, self.flatness, self.refine = capacity, flatness, refine
         self.content: Terminals | None = None
 

@@ -24,6 +24,7 @@ from jaxtyping import Float64
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
+from smcdiff.arguments import check_callable, check_kind
 from smcdiff.particles import map_tree
 from smcdiff.weights import effective_sample_size
 
@@ -102,6 +103,11 @@ class RelativeTrajectoryBalance(GuideLearner[Update]):
     ) -> None:
         super().__init__(model, guide, optim, num_particles, max_gradient_norm)
         self.evidence, self.evidence_rate = evidence, evidence_rate
+        check_kind("behaviours", behaviours, Sequence, "[OnPolicy()]", optional=True)
+        for behaviour in behaviours or ():
+            check_kind("a behaviour", behaviour, Behaviour, "OnPolicy()")
+        check_kind("loss", loss, ResidualLoss, "ResidualLoss()", optional=True)
+        check_callable("temper", temper, "LinearRamp(0.1, 1.0, 1000)", optional=True)
         self.behaviours = tuple(behaviours or (OnPolicy(),))
         self.loss, self.temper = loss or ResidualLoss(), temper
         self.floor, self.chunk, self.subsample = floor, chunk, subsample

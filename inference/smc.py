@@ -10,9 +10,10 @@ from jaxtyping import Float64
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from smcdiff.arguments import check_kind, check_names, check_option
 from smcdiff.particles import Particles, check_checkpoint
 from smcdiff.posterior import Posterior
-from smcdiff.program import Program
+from smcdiff.program import Program, check_model
 from smcdiff.twist import Twist, TwistValue, View
 
 from .denoised import CovarianceName, DenoisedLikelihood
@@ -40,6 +41,8 @@ class ParticleMethod(ABC):
         settings: Settings,
         per_problem: Sequence[str] | Mapping[str, int] = (),
     ) -> None:
+        check_model("model", model)
+        check_names("per_problem", per_problem)
         self.model, self.settings, self.per_problem = model, settings, per_problem
 
     @abstractmethod
@@ -98,7 +101,7 @@ class ParticleMethod(ABC):
             checkpoint_every: steps between two writes of it.
             resume: continue from the checkpoint, bit for bit, if the file exists.
         """
-        check_checkpoint(checkpoint, checkpoint_every)
+        check_checkpoint(checkpoint, checkpoint_every, resume)
         engine = self.engine(*args, **kwargs)
         start = None
         if resume and checkpoint is not None and Path(checkpoint).exists():
@@ -119,6 +122,7 @@ def _check_states(
     program: Program, t: int, x: Mapping[str, Tensor], latents: Mapping[str, Tensor]
 ) -> None:
     """Refuses states that are not those of the program."""
+    check_kind("x", x, Mapping, "{'x': states}")
     if not 0 <= t <= program.num_steps:
         raise ValueError(f"t must be between 0 and num_steps = {program.num_steps}, got {t}")
     if program.num_problems is not None:
@@ -180,6 +184,10 @@ class SMC(ParticleMethod):
         super().__init__(model, settings, per_problem)
         if guide is not None and proposal is not None:
             raise ValueError("give a guide or a proposal, not both: a guide is a proposal")
+        if guide is not None:
+            check_model("guide", guide)
+        check_kind("twist", twist, Twist, "IntermediateReward()", optional=True)
+        check_kind("proposal", proposal, Proposal, "TwistedKernel()", optional=True)
         self.guide, self.twist, self.proposal = guide, twist, proposal
 
     def parts(self) -> tuple[Twist, Proposal]:
@@ -234,12 +242,10 @@ class TwistedSMC(ParticleMethod):
             num_particles, num_runs, ess_threshold, resampler, chunk_size, rejuvenation, smoothing
         )
         super().__init__(model, settings, per_problem)
-        if proposal not in ("auto", "conjugate", "gradient", "kernel"):
-            raise ValueError(
-                f"proposal must be 'auto', 'conjugate', 'gradient' or 'kernel', got {proposal!r}"
-            )
+        check_option("proposal", proposal, ("auto", "conjugate", "gradient", "kernel"))
         self.covariance, self.num_draws, self.proposal = covariance, num_draws, proposal
         self.temper, self.clip, self.damping = temper, clip, damping
+        self.parts()  # they refuse what they cannot do with, here and not after hours
 
     def parts(self) -> tuple[Twist, Proposal]:
         curvature = {"auto": None, "conjugate": True}.get(self.proposal, False)

@@ -27,7 +27,7 @@ class IntermediateReward(Twist):
     Args:
         kind: ``"difference"`` (the current value: its differences are the weights), ``"max"`` or
             ``"sum"``.
-        strength: lambda.
+        exponent: lambda, at least 0.
         num_draws: draws of x_0 to average over (0: the denoised mean; discrete processes always
             draw).
     """
@@ -35,13 +35,13 @@ class IntermediateReward(Twist):
     def __init__(
         self,
         kind: Literal["difference", "max", "sum"] = "difference",
-        strength: float = 1.0,
+        exponent: float = 1.0,
         num_draws: int = 0,
     ) -> None:
         check_option("kind", kind, ("difference", "max", "sum"))
-        check_number("strength", strength, 0, math.inf)
+        check_number("exponent", exponent, 0, math.inf, "[)")
         check_whole("num_draws", num_draws, 0)
-        self.kind, self.strength, self._draws = kind, strength, num_draws
+        self.kind, self.exponent, self._draws = kind, exponent, num_draws
 
     @property
     def num_draws(self) -> int:
@@ -57,7 +57,7 @@ class IntermediateReward(Twist):
         if before is not None and self.kind == "sum":
             reward = before + reward
         memory = {} if self.kind == "difference" else {"reward": reward}
-        return TwistValue(self.strength * reward, memory=memory)
+        return TwistValue(self.exponent * reward, memory=memory)
 
 
 class Tempered(Twist):

@@ -24,6 +24,7 @@ from jaxtyping import Float64
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from smcdiff.arguments import check_kind, check_number, check_whole
 from smcdiff.particles import Calls, Particles, check_checkpoint, load_tree, save_tree
 from smcdiff.posterior import Posterior
 from smcdiff.program import Program
@@ -126,6 +127,11 @@ class TrustRegionTwistedSMC(ParticleMethod):
             num_particles, num_runs, ess_threshold, resampler, chunk_size, smoothing=smoothing
         )
         super().__init__(model, settings, per_problem)
+        check_kind("learned", learned, LearnedTwist, "QuadraticTwist()", optional=True)
+        check_whole("num_iterations", num_iterations, 0)
+        check_whole("learning_particles", learning_particles, or_none="num_particles")
+        check_whole("replay", replay, 0)
+        check_number("good_ess", good_ess, 0, 1)
         self.learned, self.region = learned or JointTwist(), TrustRegion(epsilon, ess_target)
         self.num_iterations, self.replay, self.good_ess = num_iterations, replay, good_ess
         self.tempered = tempered

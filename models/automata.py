@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from smcdiff.arguments import check_kind
+
 
 @dataclass(frozen=True, eq=False)
 class Automaton:
@@ -59,6 +61,7 @@ def ends_with(
 
 def _matching(pattern: Int64[Tensor, " m"], vocabulary: int) -> Int64[Tensor, "state token"]:
     """State k: the last k tokens are the first k of the pattern, and no more are."""
+    check_kind("pattern", pattern, Tensor, "torch.tensor([0, 1])")
     wanted = pattern.tolist()
     if not wanted or min(wanted) < 0 or max(wanted) >= vocabulary:
         raise ValueError(

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
+from smcdiff.arguments import check_callable, check_kind, check_shape, check_whole
+
 from .denoisers import Denoiser, GaussianDenoiser, MixtureDenoiser
+from .gaussians import described
 
 
 def place(network: object) -> tuple[torch.dtype, torch.device, torch.dtype]:
@@ -37,7 +40,11 @@ def ask(network: Callable[..., Tensor], x: Tensor, time: Tensor, rows: Mapping[s
     exact = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
     dtype = exact if time.is_floating_point() else time.dtype
     times = time.to(dtype).to(x.device).repeat(len(x))  # with its gradient, if it has one
-    out = network(x, times, **rows)
+    try:
+        out = network(x, times, **rows)
+    except IndexError as error:
+        held = {n: described(v) for n, v in rows.items() if isinstance(v, Tensor)}
+        raise ValueError(f"the network failed with {error}; its context was {held}") from error
     if not isinstance(out, Tensor) or not out.is_floating_point():
         got = f"dtype {out.dtype}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
         raise ValueError(
@@ -47,10 +54,18 @@ def ask(network: Callable[..., Tensor], x: Tensor, time: Tensor, rows: Mapping[s
     return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
+def check_network(name: str, network: object, context_dims: object) -> None:
+    """Refuses what cannot be asked, and dimensions of its context that are no numbers by name."""
+    check_callable(name, network, "an nn.Module or lambda x, time: ...")
+    check_kind("context_dims", context_dims, Mapping, "{'prompt': 2}", optional=True)
+    for key, dims in dict(context_dims or {}).items():  # type: ignore[call-overload]
+        check_whole(f"context_dims[{key!r}]", dims, 0)
+
+
 def shape_of(network: object, event_shape: Sequence[int] | None) -> Size:
     """The shape of one sample: known for exact denoisers, else to be given."""
     if event_shape is not None:
-        return Size(event_shape)
+        return check_shape("event_shape", event_shape)
     if isinstance(network, GaussianDenoiser):
         network = network.mixture
     if isinstance(network, MixtureDenoiser):

@@ -6,6 +6,7 @@ from typing import Any
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Size, Tensor
 
+from smcdiff.arguments import check_callable, check_kind
 from smcdiff.process import Kernel, Process, Signal, Tree
 
 
@@ -27,6 +28,9 @@ class Chain(Process):
         second: Process,
         link: Callable[[Tensor], Distribution] | None = None,
     ) -> None:
+        check_kind("first", first, Process, "Diffusion(network, ...)")
+        check_kind("second", second, Process, "Diffusion(network, ...)")
+        check_callable("link", link, "lambda x: Normal(x, 0.1).to_event(1)", optional=True)
         if link is None and first.event_shape != second.shape_at(second.num_steps):
             raise ValueError(
                 f"first ends with shape {tuple(first.event_shape)} and second starts with "

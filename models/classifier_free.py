@@ -14,10 +14,13 @@ there is one network call with the context instead of two.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from smcdiff.arguments import check_number
 
 from .grids import Grid
 
@@ -43,11 +46,15 @@ class ClassifierFree:
     interval: tuple[float, float] = (0.0, math.inf)
 
     def __post_init__(self) -> None:
-        if not self.null:
+        check_number("scale", self.scale, -math.inf, math.inf, "()")
+        if not self.null or not isinstance(self.null, Mapping):
             raise ValueError(
-                "classifier-free guidance needs to know what 'no context' is: null={'label': 10}"
+                "classifier-free guidance needs to know what 'no context' is: "
+                f"null={{'label': 10}}, but got {self.null!r}"
             )
-        if not 0 <= self.interval[0] < self.interval[1]:
+        ends = self.interval if isinstance(self.interval, tuple | list) else ()
+        numbers = len(ends) == 2 and all(isinstance(end, Real) for end in ends)
+        if not (numbers and 0 <= ends[0] < ends[1]):
             raise ValueError(
                 "the interval of guidance is (low, high) with 0 <= low < high, in noise levels "
                 f"sigma / alpha, got {self.interval}: try (0.3, 5.0)"

@@ -15,8 +15,17 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Size, Tensor, nn
 
+from smcdiff.arguments import check_callable, check_kind, check_names
 from smcdiff.laws import base_law
-from smcdiff.process import Context, Kernel, Process, Signal, Tree, is_deterministic
+from smcdiff.process import (
+    Context,
+    Kernel,
+    Process,
+    Signal,
+    Tree,
+    is_deterministic,
+    is_label,
+)
 
 
 class Controlled(Process):
@@ -44,6 +53,11 @@ class Controlled(Process):
         scale: Callable[[int], Tensor | float] | None = None,
         reads: Sequence[str] = (),
     ) -> None:
+        check_kind("base", base, Process, "Diffusion(network, ...)")
+        check_callable("control", control, "lambda x, t, denoised: ...")
+        check_callable("initial", initial, "lambda: Normal(zero, 1).to_event(1)", optional=True)
+        check_callable("scale", scale, "lambda t: 1.0", optional=True)
+        check_names("reads", reads)
         self.base, self.control, self._initial, self.scale = base, control, initial, scale
         self.reads = frozenset(reads)
         self.num_steps, self.event_shape = base.num_steps, base.event_shape
@@ -131,6 +145,7 @@ class Controlled(Process):
 
 
 def _same(a: Any, b: Any) -> bool:
+    a, b = (torch.tensor(v) if is_label(v) else v for v in (a, b))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.shape == b.shape and a.device == b.device and bool((a == b).all()))
     return a is b or (type(a) is type(b) and bool(a == b))

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
+from smcdiff.arguments import check_kind
+
 from .gaussians import Level, condition, described, gaussians, matrices, refused
 
 State: TypeAlias = Float[Tensor, "*batch d"]
@@ -197,6 +199,7 @@ class GaussianDenoiser(Denoiser):
         self, mean: Float[Tensor, " d"], covariance: Float[Tensor, "*form"] | float
     ) -> None:
         super().__init__()
+        check_kind("mean", mean, Tensor, "torch.zeros(2)")
         single = covariance[None] if isinstance(covariance, Tensor) else covariance
         self.mixture = MixtureDenoiser(mean[None], single)
 
@@ -239,6 +242,7 @@ class EnumeratedDenoiser(nn.Module):
 
     def __init__(self, joint: Float[Tensor, "*tokens"]) -> None:
         super().__init__()
+        check_kind("joint", joint, Tensor, "torch.ones(3, 3)")
         _check_joint(joint)
         table = (joint.detach() / joint.detach().sum()).log()
         for axis in range(joint.ndim):
@@ -276,6 +280,7 @@ class EnumeratedDenoiser(nn.Module):
 def _log_weights(
     weights: Float[Tensor, " K"] | None, means: Float[Tensor, "K d"]
 ) -> Float[Tensor, " K"]:
+    check_kind("weights", weights, Tensor, "torch.ones(3)", optional=True)
     table = means.new_ones(len(means)) if weights is None else weights.detach()
     fine = table.shape == means.shape[:1] and bool((table >= 0).all())
     if not (fine and bool(table.isfinite().all()) and bool(table.sum() > 0)):

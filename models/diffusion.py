@@ -20,13 +20,14 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor, nn
 
+from smcdiff.arguments import check_kind, check_number, check_option
 from smcdiff.laws import CovariantNormal, normal
 from smcdiff.process import Kernel, Process, Signal, Tree, context_rows, flatten_batch
 
-from .calls import ask, place, scale_of, shape_of
+from .calls import ask, check_network, place, scale_of, shape_of
 from .classifier_free import ClassifierFree
 from .denoisers import Denoiser, MixtureDenoiser
-from .grids import Grid, Schedule
+from .grids import Grid, Schedule, check_positive
 from .low_rank import low_rank_covariance
 from .parameterization import (
     Parameterization,
@@ -92,16 +93,17 @@ class Diffusion(Process):
     ) -> None:
         self.network, self.num_steps, self.eta, self.variance = network, num_steps, eta, variance
         self.parameterization, self.clip_denoised = parameterization, clip_denoised
+        check_network("network", network, context_dims)
         self.source, self.context_dims = source, dict(context_dims or {})
         self.guidance, self.event_shape = guidance, shape_of(network, event_shape)
         self._check(variance, eta, source)
-        _check_schedule(schedule)
+        check_kind("schedule", schedule, Schedule, "VariancePreserving(betas)", optional=True)
         self.grid: Grid = (schedule or usual_schedule(parameterization)).grid(num_steps)
         known = "x0" if self.closed_form else parameterization
         self.preconditioning = preconditionings(known, self.grid, sigma_data)
         self.times = network_times(time, self.grid, known)
         usual = sigma_data if known == "edm" else scale_of(network)
-        self.scale = usual if scale is None else scale
+        self.scale = usual if scale is None else check_positive("scale", scale)
         self.dtype, self.device, self.network_dtype = place(network)
         if isinstance(network, nn.Module) and not train:
             network.eval().requires_grad_(False)
@@ -133,7 +135,7 @@ class Diffusion(Process):
             mean = self.network.mean(flat, self.grid.alpha[t].item(), self.grid.sigma[t].item())
             return {"output": mean.reshape(x.shape)}
         flat = flatten_batch(self.preconditioning[t].fed(x), event_dim).to(self.network_dtype)
-        rows = context_rows(context, batch, self.context_dims)
+        rows = context_rows(context, batch, self.context_dims, x.device)
         guidance = self._guidance(t)
         if guidance is None:
             out = self._ask(flat, rows, t)
@@ -280,13 +282,13 @@ class Diffusion(Process):
     def _check(self, variance: str, eta: float, source: Distribution | None) -> None:
         check_name(self.parameterization)
         check_clipping(self.clip_denoised)
+        free = "ClassifierFree(2.0, {'label': 10})"
+        check_kind("guidance", self.guidance, ClassifierFree, free, optional=True)
         if self.closed_form and self.guidance is not None:
             raise ValueError("an exact denoiser is not conditional: leave the guidance out")
-        if variance not in get_args(Variance):
-            names = "'small', 'large', 'learned', 'exact' or 'mixture'"
-            raise ValueError(f"variance must be {names}, got {variance!r}")
-        if not 0.0 <= eta <= 1.0:
-            raise ValueError(f"eta lies between 0 (DDIM) and 1 (DDPM), got {eta}")
+        check_option("variance", variance, get_args(Variance))
+        check_number("eta, from DDIM to DDPM,", eta, 0, 1)
+        check_kind("source", source, Distribution, "Normal(zero, 1).to_event(1)", optional=True)
         if variance == "exact" and not self.closed_form:
             raise ValueError(
                 "variance='exact' needs Cov[x_0 | x_t], which an exact denoiser knows and a "
@@ -306,11 +308,3 @@ class Diffusion(Process):
                 f"an exact denoiser is not conditional, but got the context {sorted(context)}: it "
                 "would be ignored. Leave it out, or use a network that takes it"
             )
-
-
-def _check_schedule(schedule: object) -> None:
-    if not isinstance(schedule, Schedule | None):
-        raise ValueError(
-            f"a schedule is needed, such as VariancePreserving(betas), got a "
-            f"{type(schedule).__name__}"
-        )

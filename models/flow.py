@@ -14,12 +14,14 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Size, Tensor, nn
 
+from smcdiff.arguments import check_kind, check_option, check_shape
 from smcdiff.laws import normal
 from smcdiff.process import Kernel, Process, Signal, Tree, context_rows, flatten_batch
 
-from .calls import ask, place
+from .calls import ask, check_network, place
 from .classifier_free import ClassifierFree
 from .continuous import ContinuousSchedule, RectifiedFlow
+from .grids import Schedule, check_positive
 from .solvers import (
     OWN,
     TORCHDIFFEQ,
@@ -97,11 +99,13 @@ class Flow(Process):
         context_dims: Mapping[str, int] | None = None,
         train: bool = False,
     ) -> None:
-        self.velocity, self.event_shape = velocity, Size(event_shape)
+        check_network("velocity", velocity, context_dims)
+        self.velocity, self.event_shape = velocity, check_shape("event_shape", event_shape)
         self.num_steps, self.data_at = num_steps, data_at
         self.schedule = schedule or RectifiedFlow()
         self.noise, self.method, self.source = noise, method, source
-        self.tolerance, self.adjoint, self.scale = tolerance, adjoint, scale
+        self.tolerance, self.adjoint = tolerance, adjoint
+        self.scale = check_positive("scale", scale)
         self.guidance, self.context_dims = guidance, dict(context_dims or {})
         self._check()
         self.dtype, self.device, self.network_dtype = place(velocity)
@@ -175,7 +179,7 @@ class Flow(Process):
         batch = x.shape[: x.dim() - event_dim]
         at = torch.as_tensor(1.0 - s if self.data_at == 1 else s, dtype=torch.float64)
         flat = flatten_batch(x, event_dim).to(self.network_dtype)
-        rows = context_rows(context, batch, self.context_dims)
+        rows = context_rows(context, batch, self.context_dims, x.device)
         guidance = self._guidance(s)
         if guidance is None:
             out = ask(self.velocity, flat, at, rows)
@@ -217,10 +221,10 @@ class Flow(Process):
     # -------------------------------------------------------------------------------- bad input
 
     def _check(self) -> None:
-        if self.method not in (*OWN, *TORCHDIFFEQ):
-            raise ValueError(
-                f"method must be one of {', '.join((*OWN, *TORCHDIFFEQ))}, got {self.method!r}"
-            )
+        check_option("method", self.method, (*OWN, *TORCHDIFFEQ))
+        check_kind("schedule", self.schedule, Schedule, "RectifiedFlow()")
+        free = "ClassifierFree(2.0, {'label': 10})"
+        check_kind("guidance", self.guidance, ClassifierFree, free, optional=True)
         if isinstance(self.noise, str) and self.noise != "memoryless":
             raise ValueError(
                 f"noise is 'memoryless', a number or a function of s, got {self.noise!r}"
@@ -244,6 +248,7 @@ class Flow(Process):
                 f"the source is a process: compose them, Chain(source, Flow(..., noise=0.0)), got "
                 f"source={type(self.source).__name__}"
             )
+        check_kind("source", self.source, Distribution, "Normal(zero, 1).to_event(1)")
         if self.source.event_shape != self.event_shape:
             raise ValueError(
                 f"the source has event shape {tuple(self.source.event_shape)}, but event_shape="

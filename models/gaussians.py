@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torch.nn import functional
 
+from smcdiff.arguments import check_kind
+
 Level: TypeAlias = float | int | Float[Tensor, ""]
 Points: TypeAlias = Float64[Tensor, "*batch d"]
 PerComponent: TypeAlias = Float64[Tensor, "*batch K"]
@@ -229,6 +231,7 @@ def gaussians(
 ) -> Gaussians:
     """The class that fits the shape of `covariances`, with buffers in the dtype of `means`."""
     means = _checked(means)
+    check_kind("covariances", covariances, Tensor | float | int, "1.0 or torch.eye(2)")
     table = torch.as_tensor(covariances, dtype=torch.float64, device=means.device).detach()
     shape, (count, d) = tuple(table.shape), means.shape
     if shape in {(), (1,), (count,)}:
@@ -270,11 +273,13 @@ def _left(spectrum: Spectrum, alpha: Level, sigma: Level) -> Spectrum:
 
 
 def _checked(means: Float[Tensor, "*shape"]) -> Float[Tensor, "K d"]:
-    if means.ndim != 2 or means.numel() == 0 or not bool(means.isfinite().all()):
+    check_kind("means", means, Tensor, "torch.tensor([[-1.0, 0.0], [1.0, 0.0]])")
+    fine = means.ndim == 2 and means.numel() > 0 and means.is_floating_point()
+    if not (fine and bool(means.isfinite().all())):
         raise refused(
             "finite means with shape (K, d), K and d at least 1",
-            described(means),
-            "Give one row per component.",
+            f"{means.dtype} with {described(means)}",
+            "Give one row of floating-point numbers per component.",
         )
     return means.detach().clone()
 

@@ -17,6 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -149,18 +150,21 @@ def prepend(first: float, rest: Float64[Tensor, " steps"]) -> Float64[Tensor, " 
 
 def table(values: Numbers) -> Float64[Tensor, "*shape"]:
     """A float64 copy on the CPU."""
-    return torch.as_tensor(values, dtype=torch.float64).detach().cpu().clone()
+    try:
+        return torch.as_tensor(values, dtype=torch.float64).detach().cpu().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise wrong("a sequence of numbers or a tensor", repr(values), str(error)) from error
 
 
 def check_num_steps(num_steps: int) -> int:
-    if not isinstance(num_steps, int) or num_steps < 1:
+    if not isinstance(num_steps, Integral) or isinstance(num_steps, bool) or num_steps < 1:
         raise wrong("at least one step", repr(num_steps), "Ask for a positive, whole number.")
     return num_steps
 
 
 def check_positive(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise wrong(f"a positive, finite {name}", f"{value}", "Give a number above 0.")
+    if not (isinstance(value, Real) and math.isfinite(value) and value > 0):
+        raise wrong(f"a positive, finite {name}", f"{value!r}", "Give a number above 0.")
     return value
 
 

@@ -8,6 +8,7 @@ the same with the gradient of a reward, their units, a start and a variance of i
 import copy
 import importlib
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Size, Tensor, nn
 
+from smcdiff.arguments import check_kind, check_names, check_number, check_whole
 from smcdiff.process import Kernel, Process, Signal, Tree, context_rows, flatten_batch
 
 
@@ -94,6 +96,8 @@ def lora(
         ImportError: peft is needed and not installed.
     """
 
+    check_whole("rank", rank)
+
     def adapt(network: nn.Module) -> nn.Module:
         try:
             peft = importlib.import_module("peft")
@@ -129,6 +133,8 @@ class Head(nn.Module):
         label: str | None = None,
     ) -> None:
         super().__init__()
+        check_whole("event_dim", event_dim)
+        check_names("reads", reads)
         self.network, self.event_dim, self.reads = network, event_dim, tuple(reads)
         self.label = label
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -180,6 +186,7 @@ class Langevin(nn.Module):
         gain: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        check_whole("num_steps", num_steps)
         self.head, self.log_reward, self.clip, self.reads = head, log_reward, clip, tuple(reads)
         per_step = nn.Parameter(torch.zeros(num_steps + 1))
         self.gain: nn.Module | nn.Parameter = per_step if gain is None else gain
@@ -249,6 +256,7 @@ class LearnedStart(nn.Module):
 
     def __init__(self, base: Process) -> None:
         super().__init__()
+        check_kind("base", base, Process, "Diffusion(network, ...)")
         mean, scale = base.initial().mean.detach(), base.initial().stddev.detach()
         self.register_buffer("mean", mean)
         self.register_buffer("stddev", scale)
@@ -273,6 +281,8 @@ class LearnedScale(nn.Module):
 
     def __init__(self, num_steps: int, bound: float = 2.0, shape: Sequence[int] = ()) -> None:
         super().__init__()
+        check_whole("num_steps", num_steps)
+        check_number("bound", bound, 0, math.inf, "()")
         self.bound = bound
         self.log_scale = nn.Parameter(torch.zeros(num_steps + 1, *shape))
 

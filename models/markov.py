@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
+from smcdiff.arguments import check_kind, check_whole
+
 from .automata import Automaton
 from .gaussians import described, refused
 
@@ -48,6 +50,9 @@ class MarkovDenoiser(nn.Module):
         reward: Automaton | None = None,
     ) -> None:
         super().__init__()
+        check_kind("initial", initial, Tensor, "torch.tensor([0.5, 0.5])")
+        check_kind("transitions", transitions, Tensor, "torch.full((2, 2), 0.5)")
+        check_whole("length", length, or_none="the transitions tell it")
         if (length is None) == (transitions.ndim == 2):
             raise ValueError(
                 "give length where one matrix serves all steps, and only there: got transitions "

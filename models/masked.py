@@ -10,15 +10,18 @@ everything is revealed. The *chain* is the prior: revealing positions in paralle
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Size, Tensor, nn
 
+from smcdiff.arguments import check_kind, check_option, check_whole
 from smcdiff.process import Kernel, Process, Tree, context_rows, flatten_batch
 from smcdiff.reveals import EvenReveal
+
+from .calls import check_network
 
 Reveal = Literal["independent", "even"]
 
@@ -55,8 +58,10 @@ class MaskedDiffusion(Process):
         context_dims: Mapping[str, int] | None = None,
         reveal: Reveal = "independent",
     ) -> None:
-        if reveal not in ("independent", "even"):
-            raise ValueError(f"reveal must be 'independent' or 'even', but got {reveal!r}")
+        check_option("reveal", reveal, get_args(Reveal))
+        check_network("network", network, context_dims)
+        check_whole("length", length)
+        check_whole("vocabulary", vocabulary)
         if reveal == "even" and alphas is not None:
             raise ValueError("reveal='even' needs no alphas: give num_steps alone")
         self.alphas = _schedule(alphas, num_steps)
@@ -89,7 +94,7 @@ class MaskedDiffusion(Process):
 
     def evaluate(self, x: Tensor, t: int, given: Tensor | None = None, **context: Any) -> Tree:
         batch = x.shape[:-1]
-        rows = context_rows(context, batch, self.context_dims)
+        rows = context_rows(context, batch, self.context_dims, x.device)
         logits = self.network(flatten_batch(x, 1), **rows)
         wanted = (batch.numel(), *self.event_shape, self.vocabulary)
         if tuple(logits.shape) != wanted:
@@ -117,6 +122,7 @@ class MaskedDiffusion(Process):
         return Kernel(_categorical(logits), _categorical(denoised))
 
     def _check_given(self, given: Tensor) -> None:
+        check_kind("given", given, Tensor, "torch.tensor(...) of the tokens' numbers")
         whole = not given.is_floating_point() and given.dtype != torch.bool
         shaped = given.shape[-1:] == self.event_shape
         if not (whole and shaped and bool(((given >= 0) & (given <= self.mask)).all())):
@@ -150,8 +156,7 @@ def _schedule(
             f"got alphas={alphas!r} and num_steps={num_steps!r}"
         )
     if num_steps is not None:
-        if not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"num_steps must be a positive integer, but got {num_steps!r}")
+        check_whole("num_steps", num_steps)
         times = [t / num_steps for t in range(num_steps + 1)]
         alphas = [alphas(time) if callable(alphas) else 1 - time for time in times]
     table = [float(alpha) for alpha in alphas]  # type: ignore[union-attr]  # a sequence by now

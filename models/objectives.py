@@ -217,20 +217,20 @@ def validation_loss(
     data: Shaped[Tensor, "sample *event"],
     labels: Int64[Tensor, " sample"] | None = None,
     objective: Trainable | None = None,
-    draws: int = 50,
+    num_draws: int = 50,
     seed: int = 0,
-    chunk: int = 1024,
+    chunk_size: int = 1024,
 ) -> float:
-    """The mean loss over `draws` noise levels per sample, the same ones for every network."""
+    """The mean loss over `num_draws` noise levels per sample, the same ones for every network."""
     objective, total = objective or Objective(), 0.0
     with private_stream(seed):
-        for _ in range(draws):
+        for _ in range(num_draws):
             order = torch.randperm(len(data))
             level = objective.draw(len(data))[order]
             noise = objective.noise(data)
-            for part in torch.arange(len(data)).split(chunk):
+            for part in torch.arange(len(data)).split(chunk_size):
                 label = None if labels is None else labels[part]
                 eps = noise[part].to(data.device)
                 loss = objective.loss(network, data[part], level[part], eps, label)
                 total += loss.double().sum().item()
-    return total / draws / len(data)
+    return total / num_draws / len(data)

@@ -32,6 +32,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from smcdiff.arguments import check_option
+
 from .continuous import EDM, RectifiedFlow
 from .grids import Grid, Schedule, check_positive, described, wrong
 from .schedules import VariancePreserving
@@ -161,9 +163,7 @@ def _check_times(times: Tensor, grid: Grid) -> Tensor:
 
 
 def check_name(parameterization: str) -> None:
-    if parameterization not in get_args(Parameterization):
-        names = "', '".join(get_args(Parameterization)[:-1])
-        raise ValueError(f"parameterization must be '{names}' or 'edm', got {parameterization!r}")
+    check_option("parameterization", parameterization, get_args(Parameterization))
 
 
 def _check(parameterization: str, grid: Grid) -> None:

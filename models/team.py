@@ -8,6 +8,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Size, Tensor
 
+from smcdiff.arguments import check_kind
 from smcdiff.laws import CovariantNormal, base_law
 from smcdiff.process import Kernel, Level, Process, Signal, Tree, is_deterministic
 
@@ -25,8 +26,11 @@ class Team(Process):
     """
 
     def __init__(self, agents: Mapping[str, Process]) -> None:
+        check_kind("agents", agents, Mapping, "{'a': first, 'b': second}")
         if not agents:
             raise ValueError("a Team needs at least one process")
+        for name, agent in agents.items():
+            check_kind(f"agents[{name!r}]", agent, Process, "Diffusion(network, ...)")
         steps = {name: agent.num_steps for name, agent in agents.items()}
         if len(set(steps.values())) > 1:
             raise ValueError(

@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
+
+from smcdiff.arguments import check_number
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,9 @@ class DynamicThresholding:
     cap: float = math.inf
 
     def __post_init__(self) -> None:
-        if not (0 < self.quantile <= 1 and 0 < self.bound <= self.cap):
+        for name in ("quantile", "bound"):
+            check_number(name, getattr(self, name), 0, math.inf, "()")
+        if not (self.quantile <= 1 and self.bound <= self.cap):
             raise ValueError(
                 "dynamic thresholding needs a quantile in (0, 1] and a positive bound, at most "
                 f"the cap, got quantile={self.quantile}, bound={self.bound}, cap={self.cap}: try "
@@ -60,5 +65,11 @@ def clip(x0: Tensor, clipping: Clipping, event_dim: int) -> Tensor:
 
 
 def check_clipping(clipping: Clipping) -> None:
-    if isinstance(clipping, tuple) and not clipping[0] < clipping[1]:
-        raise ValueError(f"clip_denoised needs (low, high) with low < high, got {clipping}")
+    if clipping is None or isinstance(clipping, DynamicThresholding):
+        return
+    pair = isinstance(clipping, tuple | list) and len(clipping) == 2
+    if not (pair and all(isinstance(end, Real) for end in clipping) and clipping[0] < clipping[1]):
+        raise ValueError(
+            "clip_denoised needs (low, high) with low < high, such as (-1, 1), or "
+            f"DynamicThresholding(), but got {clipping!r}"
+        )

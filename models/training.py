@@ -223,7 +223,7 @@ class DenoisingTrainer:
     def validate(self) -> None:
         """Adds a row to `history`, and keeps the averaged network if it is the best so far."""
         assert self.validation is not None  # _check
-        loss = validation_loss(self.ema, *self.validation, self.objective, draws=1)
+        loss = validation_loss(self.ema, *self.validation, self.objective, num_draws=1)
         if loss < min((row["validation"] for row in self.history), default=math.inf):
             self.best.load_state_dict(self.ema.state_dict())
         train = sum(self._losses) / max(1, len(self._losses))

@@ -23,6 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from smcdiff.arguments import check_kind
+
 from .continuous import ContinuousSchedule, RectifiedFlow
 from .denoisers import Denoiser
 from .grids import Grid
@@ -130,6 +132,9 @@ class ExactVelocity(nn.Module):
         self, denoiser: Denoiser, schedule: ContinuousSchedule | None = None, data_at: int = 1
     ) -> None:
         super().__init__()
+        check_kind("denoiser", denoiser, Denoiser, "GaussianDenoiser(torch.zeros(2), 1.0)")
+        if data_at not in (0, 1):
+            raise ValueError(f"data_at is the network's time of the data, 0 or 1: {data_at}")
         self.denoiser, self.schedule, self.data_at = denoiser, schedule or RectifiedFlow(), data_at
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:

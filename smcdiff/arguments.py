@@ -34,7 +34,7 @@ def check_number(
     if or_none and value is None:
         return
     above = _is(value, Real) and (value > low or (ends[0] == "[" and value == low))
-    if not (above and value < math.inf and (value < high or (ends[1] == "]" and value == high))):
+    if not (above and (value < high or (ends[1] == "]" and value == high))):
         span = f"in {ends[0]}{low:g}, {high:g}{ends[1]}"
         if high == math.inf:
             span = f"of at least {low:g}" if ends[0] == "[" else f"above {low:g}"
@@ -49,27 +49,30 @@ def check_option(name: str, value: Any, options: Iterable[str]) -> None:
         raise ValueError(f"{name} must be {names}, but got {_shown(value)}")
 
 
-def check_kind(name: str, value: Any, kind: type, example: str, optional: bool = True) -> None:
-    """Refuses what is no ``kind`` (the class in place of an object of it, say)."""
+def check_kind(name: str, value: Any, kind: Any, example: str, optional: bool = False) -> None:
+    """Refuses what is no ``kind``, one class or a union (the class itself in its place, say)."""
     if not isinstance(value, kind) and not (optional and value is None):
-        raise ValueError(
-            f"{name} must be a {kind.__name__}, such as {example}, but got {_shown(value)}"
-        )
+        kinds = " or ".join(_a(each) for each in getattr(kind, "__args__", (kind,)))
+        raise ValueError(f"{name} must be {kinds}, such as {example}, but got {_shown(value)}")
 
 
-def check_callable(name: str, value: Any, example: str) -> None:
-    """Refuses what cannot be called."""
-    if not callable(value):
+def check_callable(name: str, value: Any, example: str, optional: bool = False) -> None:
+    """Refuses what cannot be called, and classes."""
+    if (not callable(value) or isinstance(value, type)) and not (optional and value is None):
         raise ValueError(f"{name} must be a function, such as {example}, but got {_shown(value)}")
+
+
+def check_names(name: str, value: Any) -> None:
+    """Refuses one string in place of several."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        example = f"({value!r},)" if isinstance(value, str) else "('y',)"
+        raise ValueError(f"{name} takes several names, as in {example}, but got {_shown(value)}")
 
 
 def check_shape(name: str, value: Any) -> Size:
     """A shape, from a sequence of positive integers."""
-    try:
-        sizes = tuple(value)
-    except TypeError:
-        sizes = (None,)
-    if not all(_is(size, Integral) and size >= 1 for size in sizes):
+    sizes = tuple(value) if isinstance(value, Iterable) else ()
+    if not sizes or not all(_is(size, Integral) and size >= 1 for size in sizes):
         raise ValueError(
             f"{name} must be a sequence of positive integers, such as (4,) or (1, 28, 28), but got "
             f"{_shown(value)}"
@@ -85,8 +88,12 @@ def _none(meaning: str) -> str:
     return f" (or None: {meaning})" if meaning else ""
 
 
+def _a(kind: type) -> str:
+    return f"an {kind.__name__}" if kind.__name__[0] in "AEIOU" else f"a {kind.__name__}"
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__} itself: make one with {value.__name__}()"
     text = repr(value)
-    return text if len(text) < 60 else f"a {type(value).__name__}"
+    return text if len(text) < 60 and "<" not in text else _a(type(value))

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from .resampling import RESAMPLERS
+from .arguments import check_whole
+from .resampling import RESAMPLERS, check_scheme
 from .weights import check_log_weights, normalise
 
 FEWEST = 2.0  # effective roots, below which their scatter says nothing
@@ -103,12 +104,8 @@ def draw(
         ValueError: n is not positive, the scheme is unknown, or a log-weight is NaN or +inf.
         DegenerateWeights: all weights of a run are zero.
     """
-    if n < 1:
-        raise ValueError(f"the number of draws per run must be positive, but got {n}")
-    if scheme not in RESAMPLERS:
-        raise ValueError(
-            f"unknown resampling scheme {scheme!r}; expected one of {', '.join(RESAMPLERS)}"
-        )
+    check_whole("n, the number of draws per run,", n)
+    check_scheme(scheme)
     check_log_weights(log_weights, "resampling")
     runs, size = log_weights.shape[:-1], log_weights.shape[-1]
     stride = -(-size // n)

@@ -54,8 +54,13 @@ def check_observations(prototype: Execution) -> None:
     """Observed values must fit their laws in shape, lie where the states lie, and be numbers."""
     devices = {x.device for x in prototype.states.values()}
     for site in prototype.sites.values():
-        if site.kind != "observed" or not isinstance(site.value, Tensor):
+        if site.kind != "observed":
             continue
+        if not isinstance(site.value, Tensor):
+            raise ValueError(
+                f"site {site.name!r}: the observation must be a tensor, but it is a "
+                f"{type(site.value).__name__}: convert it with torch.as_tensor(...).float()"
+            )
         _check_shape(site, site.value)
         if site.value.dim() and site.value.device not in devices:
             raise ValueError(

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float64, Int64
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .arguments import check_kind, check_whole
 from .process import Tree
 from .weights import effective_sample_size, log_mean_exp
 
@@ -217,6 +218,7 @@ def unflatten_tree(shape: Any, tensors: dict[str, Tensor]) -> Tree:
 
 def save_tree(path: str | Path, tree: Tree, kind: str) -> None:
     """Writes a tree of that kind to one safetensors file (no pickled code), atomically."""
+    check_checkpoint(path)
     tensors, shape = flatten_tree(tree)
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
@@ -225,10 +227,12 @@ def save_tree(path: str | Path, tree: Tree, kind: str) -> None:
     partial.replace(target)
 
 
-def check_checkpoint(path: str | Path | None, every: int = 1) -> None:
+def check_checkpoint(path: str | Path | None, every: int = 1, resume: bool = False) -> None:
     """Refuses what could not be written to, before anything is computed."""
-    if every < 1:
-        raise ValueError(f"checkpoint_every must be 1 or more, got {every}")
+    check_whole("checkpoint_every", every)
+    check_kind("checkpoint", path, str | Path, "'run.safetensors'", optional=True)
+    if resume and path is None:
+        raise ValueError("resume=True needs the file to continue from: give checkpoint as well")
     if path is not None and not Path(path).absolute().parent.is_dir():
         raise ValueError(f"there is no folder {Path(path).absolute().parent} for the checkpoint")
 
@@ -239,12 +243,15 @@ def load_tree(path: str | Path, kind: str, device: torch.device | str = "cpu") -
     Raises:
         ValueError: the file holds something else.
     """
-    with safe_open(str(path), "pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != kind:
-            raise ValueError(
-                f"{path} is not a saved run of this version of smcdiff (format "
-                f"{metadata.get('format')!r}, expected {kind!r})"
-            )
-        tensors = {k: file.get_tensor(k).to(device) for k in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {k: file.get_tensor(k).to(device) for k in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a saved run of smcdiff, or damaged: {error}") from error
+    if metadata.get("format") != kind:
+        raise ValueError(
+            f"{path} is not a saved run of this version of smcdiff (format "
+            f"{metadata.get('format')!r}, expected {kind!r})"
+        )
     return unflatten_tree(json.loads(metadata["tree"]), tensors)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
+from .arguments import check_callable
 from .averages import Expectation, draw, expectation
 from .evidence import Evidence, combine_runs, relative_variance
 from .particles import Calls, Particles, Step
@@ -155,6 +156,8 @@ class Posterior:
             quantity: a site, or a function from ``samples`` to a tensor with shape
                 ``(*axes, ...)``.
         """
+        if not isinstance(quantity, str):
+            check_callable("quantity", quantity, "lambda samples: samples['x'].mean(-1)")
         values = self._site(quantity) if isinstance(quantity, str) else quantity(self.samples)
         return expectation(values, self.weights, self.particles.roots)
 

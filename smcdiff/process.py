@@ -14,13 +14,17 @@ the deterministic site ``x``; an inference algorithm intercepts it as a whole (a
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import pyro
+import torch
 from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from pyro.poutine.runtime import effectful
 from torch import Size, Tensor
+
+from .arguments import check_callable, check_whole
 
 Tree = Any  # a tensor, or a dict of trees: whatever a network returned, one row per particle
 Context = Mapping[str, Any]  # what a program passes to a process, by keyword
@@ -222,21 +226,35 @@ def flatten_batch(x: Tensor, event_dim: int) -> Tensor:
     return x.reshape(-1, *x.shape[x.dim() - event_dim :])
 
 
+def is_label(value: object) -> bool:
+    """Whether a context is a whole number, as in ``prior("x", label=7)``."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def context_rows(
-    context: Mapping[str, Any], batch: tuple[int, ...], event_dims: Mapping[str, int]
+    context: Mapping[str, Any],
+    batch: tuple[int, ...],
+    event_dims: Mapping[str, int],
+    device: torch.device,
 ) -> dict[str, Any]:
     """Context as a network wants it: tensors with one row per row of the flattened batch.
 
     Args:
-        context: tensors with shape ``(*batch, *event)``, up to broadcasting; anything else stays.
+        context: tensors with shape ``(*batch, *event)``, up to broadcasting, or a whole number in
+            place of a label that all rows share; anything else stays.
         batch: the batch shape of the state.
         event_dims: how many event dimensions a tensor has, by name (0 if not named).
+        device: where the state lies.
 
     Raises:
         ValueError: a tensor does not fit the batch.
     """
     rows = {}
     for name, value in context.items():
+        if is_label(value):
+            value = torch.tensor(int(value), device=device)
+        if type(value).__module__ == "numpy":
+            raise ValueError(f"context {name!r} is a NumPy array: give torch.as_tensor(...) of it")
         if isinstance(value, Tensor):
             own = value.shape[value.dim() - event_dims.get(name, 0) :]
             try:
@@ -261,6 +279,9 @@ def batched(function: Callable[..., Tensor], event_dim: int) -> Callable[..., Te
     Returns:
         A function from ``(*batch, *event)`` to ``(*batch, *out)``.
     """
+
+    check_callable("function", function, "an nn.Module")
+    check_whole("event_dim", event_dim, 0)
 
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         batch = x.shape[: x.dim() - event_dim]

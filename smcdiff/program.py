@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from .arguments import check_kind, check_names
 from .dissection import (
     CHECKED,
     Source,
@@ -31,6 +32,7 @@ from .dissection import (
     stand_in,
 )
 from .execution import Execution, Interpreter, Statement
+from .process import Process
 
 State = Callable[[Statement], Tensor]
 
@@ -56,6 +58,9 @@ class Program:
     per_problem: Sequence[str] | Mapping[str, int] = ()
 
     def __post_init__(self) -> None:
+        check_model("model", self.model)
+        check_kind("args", self.args, tuple, "(y,)")
+        check_names("per_problem", self.per_problem)
         self._bound = inspect.signature(_callable(self.model)).bind(*self.args, **self.kwargs)
         self._bound.apply_defaults()
         self.num_problems = self._count_problems()
@@ -159,8 +164,6 @@ class Program:
         return bound.args, bound.kwargs
 
     def _count_problems(self) -> int | None:
-        if isinstance(self.per_problem, str):
-            raise ValueError(f"per_problem takes several names, as in ({self.per_problem!r},)")
         counts = {}
         for name in self.per_problem:
             value = self._bound.arguments.get(name)
@@ -230,6 +233,17 @@ class Program:
                     f"the context of process {name!r} depends on process {sorted(nested)[0]!r}: "
                     "compose them into one Chain(first, second), which advances both in turn"
                 )
+
+
+def check_model(name: str, model: object) -> None:
+    """Refuses what is no program: a process, a class, or what a program returned."""
+    if isinstance(model, Process | type) or not callable(model):
+        kind = model if isinstance(model, type) else type(model)
+        got = f"the class {kind.__name__}" if model is kind else f"a {kind.__name__}"
+        raise ValueError(
+            f"{name} must be a function (or a PyroModule) that declares processes, as in "
+            f"lambda: prior('x'), but got {got}"
+        )
 
 
 def _callable(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from .arguments import check_kind
 from .weights import check_log_weights, normalise
 
 Resampler = Callable[[Tensor], Tensor]
@@ -47,6 +48,7 @@ def resample(
         DegenerateWeights: all weights of a run are zero.
     """
     check_scheme(scheme)
+    check_kind("log_weights", log_weights, Tensor, "torch.zeros(1, 256)")
     check_log_weights(log_weights, "resampling")
     weights = normalise(log_weights.detach().double().contiguous())
     return arrange(RESAMPLERS[scheme](weights))
@@ -58,7 +60,7 @@ def check_scheme(scheme: str) -> None:
     Raises:
         ValueError: the scheme is unknown.
     """
-    if scheme not in RESAMPLERS:
+    if not isinstance(scheme, str) or scheme not in RESAMPLERS:
         known = ", ".join(RESAMPLERS)
         raise ValueError(f"unknown resampling scheme {scheme!r}; expected one of {known}.")
 

@@ -95,8 +95,8 @@ def train_network(split: DigitsSplit) -> float:
 
     def report(step: int, loss: float) -> None:
         if step % 1000 == 0:
-            heldout = validation_loss(trainer.ema, *split.heldout, draws=10)
-            train = validation_loss(trainer.ema, *split.train, draws=3)
+            heldout = validation_loss(trainer.ema, *split.heldout, num_draws=10)
+            train = validation_loss(trainer.ema, *split.train, num_draws=3)
             minutes = (time.perf_counter() - start) / 60
             print(
                 f"step {step}: held-out {heldout:.4f}, train {train:.4f}, {minutes:.1f} min",
@@ -239,10 +239,10 @@ def measure(split: DigitsSplit) -> dict[str, Any]:
         "bytes": {file.name: file.stat().st_size for file in files},
         "forward_ms_per_1000_one_thread": milliseconds(network),
         "heldout_loss": round(validation_loss(network, *split.heldout), 5),
-        "train_loss": round(validation_loss(network, *split.train, draws=15), 5),
+        "train_loss": round(validation_loss(network, *split.train, num_draws=15), 5),
         "heldout_loss_without_label": round(validation_loss(network, split.heldout.images), 5),
         "train_loss_without_label": round(
-            validation_loss(network, split.train.images, draws=15), 5
+            validation_loss(network, split.train.images, num_draws=15), 5
         ),
         "guide_on_heldout": judged(guide, *split.heldout),
         "judge_on_heldout": judged(judge, *split.heldout),

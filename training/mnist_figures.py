@@ -115,9 +115,9 @@ def losses(objective: Objective, train: Mnist, test: Mnist) -> dict[str, float]:
     }
     found = {}
     for name, (images, labels) in parts.items():
-        found[f"{name}_loss"] = validation_loss(network, images, labels, objective, draws=1)
+        found[f"{name}_loss"] = validation_loss(network, images, labels, objective, num_draws=1)
         found[f"{name}_loss_without_label"] = validation_loss(
-            network, images, None, objective, draws=1
+            network, images, None, objective, num_draws=1
         )
     return {name: round(value, 5) for name, value in found.items()}
 

@@ -98,11 +98,13 @@ def measure_names(folder: Path | None) -> dict[str, Any]:
     grams = [NGram(train, order, len(NAMES)) for order in ORDERS]
     best = min(grams, key=lambda gram: _per_character(gram, heldout))
     lengths = torch.tensor([len(name) + 1.0 for name in decode_names(test)])
-    loss = validation_loss(network, test, None, objective, draws=DRAWS)
+    loss = validation_loss(network, test, None, objective, num_draws=DRAWS)
     known = set(decode_names(train))
     figures: dict[str, Any] = {
         **_facts(network, NAME_LENGTH),
-        "test_loss_one_draw": round(validation_loss(network, test, None, objective, draws=1), 5),
+        "test_loss_one_draw": round(
+            validation_loss(network, test, None, objective, num_draws=1), 5
+        ),
         "bits_per_character": round(_bits(loss) * NAME_LENGTH / lengths.mean().item(), 4),
         "ngram_bits_per_character": round(_per_character(best, test), 4),
         "ngram_order": best.order,
@@ -134,14 +136,14 @@ def measure_text(folder: Path | None) -> dict[str, Any]:
     figures: dict[str, Any] = {
         **_facts(network, TEXT_LENGTH),
         "test_loss_one_draw": round(
-            validation_loss(network, parts["test"], None, objective, draws=1), 5
+            validation_loss(network, parts["test"], None, objective, num_draws=1), 5
         ),
         "ngram_order": best.order,
     }
     for source in SOURCES:
         some = pieces("test", source, folder)
         whole = some.reshape(1, -1)
-        loss = validation_loss(network, some, None, objective, draws=DRAWS)
+        loss = validation_loss(network, some, None, objective, num_draws=DRAWS)
         figures[source] = {
             "bits_per_character": round(_bits(loss), 4),
             "ngram_bits_per_character": round(best.bits(some).mean().item(), 4),

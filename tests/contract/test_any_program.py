@@ -47,7 +47,7 @@ def twisted(proposal: str, covariance: str) -> Callable[..., ParticleMethod]:
 
 
 def intermediate(model: Any, guide: Any, **options: Any) -> ParticleMethod:
-    return SMC(model, twist=IntermediateReward("max", strength=0.5), **SIZES, **options)
+    return SMC(model, twist=IntermediateReward("max", exponent=0.5), **SIZES, **options)
 
 
 def trust_region(model: Any, guide: Any, **options: Any) -> ParticleMethod:

@@ -38,9 +38,9 @@ from .test_any_program import SIZES, check
 TWISTS: dict[str, Callable[[], Twist]] = {
     "NoTwist": NoTwist,
     "JointTwist": lambda: JointTwist(quadratic(), tokens()),
-    "IntermediateReward": lambda: IntermediateReward("difference", strength=0.7),
-    "IntermediateReward, max": lambda: IntermediateReward("max", strength=0.5),
-    "IntermediateReward, sum": lambda: IntermediateReward("sum", strength=0.3),
+    "IntermediateReward": lambda: IntermediateReward("difference", exponent=0.7),
+    "IntermediateReward, max": lambda: IntermediateReward("max", exponent=0.5),
+    "IntermediateReward, sum": lambda: IntermediateReward("sum", exponent=0.3),
     "IntermediateReward, draws": lambda: IntermediateReward(num_draws=3),
     "Tempered": lambda: Tempered(IntermediateReward("difference"), 0.5),
     "Tempered, Gaussian": lambda: Tempered(DenoisedLikelihood("scalar"), lambda t, total: 1 / t),

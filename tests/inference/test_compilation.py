@@ -187,7 +187,7 @@ def test_a_checkpoint_without_a_folder_is_refused_before_any_update(tmp_path):
     with pytest.raises(ValueError, match="there is no folder .*nowhere for the checkpoint"):
         learner.run(Y, num_updates=1, checkpoint=tmp_path / "nowhere" / "guide.safetensors")
     assert learner.done == 0
-    with pytest.raises(ValueError, match="checkpoint_every must be 1 or more"):
+    with pytest.raises(ValueError, match="checkpoint_every must be a positive integer"):
         learner.run(Y, num_updates=1, checkpoint_every=0)
 
 

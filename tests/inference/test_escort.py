@@ -198,13 +198,13 @@ def test_weights_that_are_all_zero_are_refused():
 
 @pytest.mark.parametrize("epsilon", [0.0, -1.0, math.nan])
 def test_epsilon_must_be_positive(epsilon):
-    with pytest.raises(ValueError, match="epsilon is a divergence in nats and must be positive"):
+    with pytest.raises(ValueError, match="epsilon, a divergence in nats, must be a number above 0"):
         TrustRegion(epsilon)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, 1.5])
 def test_the_share_must_be_one(share):
-    with pytest.raises(ValueError, match=r"ess_target is a share of the samples in \(0, 1\)"):
+    with pytest.raises(ValueError, match="ess_target, a share of the samples, must be"):
         TrustRegion(ess_target=share)
 
 

@@ -49,7 +49,7 @@ def test_few_paths_leave_a_perfect_twist_nearly_alone():
 def test_powers_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"begin must be in \[0, largest = 2.0\], but got 3.0"):
         PowerTwist(begin=3.0, largest=2.0)
-    with pytest.raises(ValueError, match="pseudo_count must be positive, but got 0"):
+    with pytest.raises(ValueError, match="pseudo_count must be a number above 0, but got 0"):
         PowerTwist(pseudo_count=0.0)
     learned = PowerTwist()
     learned.restore({"powers": torch.ones(5)})

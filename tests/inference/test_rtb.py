@@ -426,7 +426,7 @@ def test_buffer_prefers_high_ranks_and_forgets_the_oldest():
 def test_mala_samples_its_density():
     """Moves leave N(1, 0.25) as it is: mean and variance by z-score."""
     torch.manual_seed(0)
-    moves = Mala(lambda x: -2 * (x["x"] - 1).square().sum(-1), moves=30, size=0.5)
+    moves = Mala(lambda x: -2 * (x["x"] - 1).square().sum(-1), num_moves=30, step_size=0.5)
     found = moves.move({"x": 1 + 0.5 * torch.randn(4000, 2).double()})["x"]
     for values, truth in ((found, 1.0), ((found - 1).square(), 0.25)):
         z = (values.mean() - truth) / (values.std() / values.numel() ** 0.5)
@@ -627,7 +627,7 @@ def test_settings_are_checked():
         ({"evidence": "guess"}, "evidence is 'learned'"),
         ({"evidence": "vargrad", "num_particles": 1}, "compares trajectories"),
         ({"on_nonfinite": "hope"}, "on_nonfinite is"),
-        ({"chunk": 0}, "chunk must be a positive number"),
+        ({"chunk": 0}, "chunk must be a positive integer"),
     ]:
         with pytest.raises(ValueError, match=message):
             balance(**wrong)

@@ -430,7 +430,7 @@ def test_progress_is_shown_when_asked_for(capfd):
 
 @pytest.mark.parametrize("epsilon", [0.0, -0.1])
 def test_epsilon_must_be_positive(epsilon):
-    with pytest.raises(ValueError, match="epsilon is a divergence in nats and must be positive"):
+    with pytest.raises(ValueError, match="epsilon, a divergence in nats, must be a number above 0"):
         method(gaussian(), epsilon=epsilon)
 
 

@@ -629,7 +629,7 @@ def network(x: Tensor, time: Tensor) -> Tensor:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"method": "magic"}, "method must be one of exponential, euler"),
+    ({"method": "magic"}, "method must be 'exponential', 'euler'"),
     ({"method": "heun"}, "take method='exponential' or 'euler', or noise=0.0"),
     ({"method": "dopri5", "noise": 0.3}, "solves ODEs"),
     ({"noise": "loud"}, "noise is 'memoryless', a number or a function"),

@@ -104,7 +104,7 @@ def test_a_transformer_learns_a_chain() -> None:
     training.run()
     heldout, _ = training.validation or (torch.empty(0), None)
     exact = -chain().log_prob(heldout).mean() / LENGTH
-    found = validation_loss(training.ema, heldout, None, OBJECTIVE, draws=8)
+    found = validation_loss(training.ema, heldout, None, OBJECTIVE, num_draws=8)
     assert float(exact) - 0.01 < found < float(exact) + 0.04
     assert [row["step"] for row in training.history] == [50, 100, 150, 200, 250]
 

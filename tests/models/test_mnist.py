@@ -137,9 +137,9 @@ def test_loss_on_test_images_is_the_reported_one(
     test_images: mnist.Mnist, report: dict[str, Any]
 ) -> None:
     some = [each[:1000] for each in test_images]
-    loss = validation_loss(mnist_network(), *some, draws=1)
+    loss = validation_loss(mnist_network(), *some, num_draws=1)
     assert loss == pytest.approx(report["first_1000_test_loss"], abs=1e-3)
-    without = validation_loss(mnist_network(), some[0], draws=1)
+    without = validation_loss(mnist_network(), some[0], num_draws=1)
     assert loss < without == pytest.approx(report["first_1000_test_loss_without_label"], abs=1e-3)
 
 

@@ -124,9 +124,9 @@ def test_validation_does_not_depend_on_chunks() -> None:
     torch.manual_seed(0)
     network, data = ResidualMLP(3, 8, 1), torch.randn(10, 3)
     torch.nn.init.normal_(network.output.weight)
-    whole = validation_loss(network, data, draws=3)
-    assert validation_loss(network, data, draws=3, chunk=3) == pytest.approx(whole)
-    assert validation_loss(network, data, draws=3, seed=1) != pytest.approx(whole)
+    whole = validation_loss(network, data, num_draws=3)
+    assert validation_loss(network, data, num_draws=3, chunk_size=3) == pytest.approx(whole)
+    assert validation_loss(network, data, num_draws=3, seed=1) != pytest.approx(whole)
 
 
 @pytest.mark.parametrize("name", ["epsilon", "v", "edm", "velocity"])
@@ -139,9 +139,9 @@ def test_training_lowers_the_loss(name: str) -> None:
     config = TrainingConfig(steps=200, batch_size=64, learning_rate=5e-3, warmup=10, ema_decay=0.95)
     data = torch.tensor([[0.5, -1.0]])
     trainer = DenoisingTrainer(network, data, config=config, objective=objective)
-    before = validation_loss(trainer.ema, data.expand(500, 2), objective=objective, draws=1)
+    before = validation_loss(trainer.ema, data.expand(500, 2), objective=objective, num_draws=1)
     trainer.run()
-    after = validation_loss(trainer.ema, data.expand(500, 2), objective=objective, draws=1)
+    after = validation_loss(trainer.ema, data.expand(500, 2), objective=objective, num_draws=1)
     assert after < 0.3 * before
 
 

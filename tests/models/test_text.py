@@ -175,11 +175,11 @@ def test_weights_ship_and_are_small() -> None:
 
 def test_likelihoods_are_the_reported_ones(names: dict[str, Tensor], report: Any) -> None:
     objective = MaskedObjective(NAME_LENGTH, len(NAMES))
-    loss = validation_loss(name_network(), names["test"], None, objective, draws=1)
+    loss = validation_loss(name_network(), names["test"], None, objective, num_draws=1)
     assert loss == pytest.approx(report["names"]["test_loss_one_draw"], abs=1e-4)
     some = [windows(load_english("test", source), TEXT_LENGTH)[:500] for source in SOURCES]
     objective = MaskedObjective(TEXT_LENGTH, len(ENGLISH))
-    loss = validation_loss(text_network(), torch.cat(some), None, objective, draws=1)
+    loss = validation_loss(text_network(), torch.cat(some), None, objective, num_draws=1)
     assert loss == pytest.approx(report["text"]["test_loss_one_draw"], abs=1e-4)
 
 

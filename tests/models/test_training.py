@@ -118,7 +118,7 @@ def test_early_stopping_returns_to_the_best() -> None:
     best = losses.index(min(losses))
     assert trainer.done < 40
     assert len(losses) == best + 4
-    assert validation_loss(trainer.ema, *trainer.validation, draws=1) == losses[best]
+    assert validation_loss(trainer.ema, *trainer.validation, num_draws=1) == losses[best]
 
 
 def test_clock_ends_a_run_and_lowers_the_learning_rate() -> None:

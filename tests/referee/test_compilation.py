@@ -282,7 +282,7 @@ def test_data_must_be_observed():
 
 @pytest.mark.parametrize("name", ["num_paths", "num_particles", "subsample", "refresh"])
 def test_settings_are_checked(name):
-    with pytest.raises(ValueError, match=f"{name} must be a positive number"):
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer"):
         compilation(program(prior()), lambda: None, **{name: -1})
 
 

@@ -57,15 +57,15 @@ def steered():
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize(("kind", "strength"), [("difference", 1.0), ("max", 1.0), ("sum", 0.1)])
-def test_every_potential_and_threshold_aims_at_the_same_target(kind, strength, threshold):
+@pytest.mark.parametrize(("kind", "exponent"), [("difference", 1.0), ("max", 1.0), ("sum", 0.1)])
+def test_every_potential_and_threshold_aims_at_the_same_target(kind, exponent, threshold):
     """The exact tilted mean is 1.50. Others have returned -0.01 (lost weights of steps without
     resampling), 3.53 and 4.10 (a running maximum or sum in place of the terminal reward).
 
-    A running sum at full strength steers ten times too far for any number of particles to come back
+    A running sum at full power steers ten times too far for any number of particles to come back
     from: it is still the same target, which the next test does not pretend to see.
     """
-    twist = IntermediateReward(kind, strength=strength)
+    twist = IntermediateReward(kind, exponent=exponent)
     method = SMC(steered(), twist=twist, num_particles=1000, num_runs=20, ess_threshold=threshold)
     particles = finish(method)
     assert abs(z_of_evidence(particles, 1.125)) < BOUND
@@ -77,7 +77,7 @@ def test_every_potential_and_threshold_aims_at_the_same_target(kind, strength, t
 
 
 def test_a_run_that_was_steered_too_far_says_so():
-    twist = IntermediateReward("sum", strength=1.0)
+    twist = IntermediateReward("sum", exponent=1.0)
     particles = finish(SMC(steered(), twist=twist, num_particles=1000, ess_threshold=1.0))
     assert particles.ess < 5
 

@@ -76,8 +76,8 @@ def guide():
     chain(1.5, 1.6)("x")
 
 
-def rewards(kind="difference", strength=0.01, **settings):
-    return SMC(hard, twist=IntermediateReward(kind, strength), **SIZE, **settings)
+def rewards(kind="difference", exponent=0.01, **settings):
+    return SMC(hard, twist=IntermediateReward(kind, exponent), **SIZE, **settings)
 
 
 def twisted(**settings):
@@ -93,7 +93,7 @@ METHODS = {
     "bootstrap": lambda: SMC(hard, **SIZE),
     "guide": lambda: SMC(hard, guide, **SIZE),
     "guide and rewards": lambda: SMC(
-        hard, guide, twist=IntermediateReward(strength=0.01), ess_threshold=1.0, **SIZE
+        hard, guide, twist=IntermediateReward(exponent=0.01), ess_threshold=1.0, **SIZE
     ),
     "rewards": rewards,
     "largest reward": lambda: rewards("max", ess_threshold=1.0),
@@ -121,13 +121,13 @@ def test_bootstrap_efficiency_is_low_here():
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
 def test_threshold(threshold):
-    last = check(rewards(strength=0.02, ess_threshold=threshold), HARD)
+    last = check(rewards(exponent=0.02, ess_threshold=threshold), HARD)
     assert resampled(last) == (threshold > 0)
 
 
 @pytest.mark.parametrize("resampler", RESAMPLERS)
 def test_resampler(resampler):
-    last = check(rewards(strength=0.02, ess_threshold=1.0, resampler=resampler), HARD)
+    last = check(rewards(exponent=0.02, ess_threshold=1.0, resampler=resampler), HARD)
     assert resampled(last)
 
 
@@ -150,7 +150,7 @@ TWO = float(log_normal(3.0, 1.0 - 1.0, 0.25 + 2 * 0.64 + 0.25))
     "method",
     [
         lambda: SMC(two, **SIZE),
-        lambda: SMC(two, twist=IntermediateReward(strength=0.2), ess_threshold=1.0, **SIZE),
+        lambda: SMC(two, twist=IntermediateReward(exponent=0.2), ess_threshold=1.0, **SIZE),
         lambda: TwistedSMC(two, temper=0.5, ess_threshold=1.0, **SIZE),
         lambda: TwistedSMC(two, proposal="gradient", ess_threshold=1.0, **SIZE),
     ],
