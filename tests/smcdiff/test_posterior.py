@@ -142,7 +142,7 @@ def _run(samples, site, run):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"n": 0}, "must be a positive integer"), ({"scheme": "magic"}, "unknown resampling scheme 'magic'")],
+    [({"n": 0}, "a positive integer"), ({"scheme": "magic"}, "unknown resampling scheme 'magic'")],
 )
 def test_bad_draws_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
