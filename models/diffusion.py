@@ -47,7 +47,8 @@ class Diffusion(Process):
 
     Args:
         network: ``network(x, time, **context)`` with x of shape ``(batch, *event_shape)`` and time
-            of shape ``(batch,)``; or an exact :class:`~smcdiff.models.Denoiser`.
+            of shape ``(batch,)``; or an exact :class:`~smcdiff.models.Denoiser`. Context comes as
+            tensors with the batch in front; a whole number is a label that all share.
         schedule: the noise schedule that the network was trained with (None: linear betas; for
             ``"edm"`` ``EDM()``, for ``"velocity"`` ``RectifiedFlow()``).
         event_shape: the shape of one sample.
