@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float64, Int64
@@ -11,6 +12,31 @@ from torch import Tensor
 LOOKS = 10  # at the paths that are held out
 
 Loss = Callable[[Int64[Tensor, " row"]], Tensor]
+
+
+@runtime_checkable
+class Losses(Protocol):
+    """The losses of paths at their times, all in one call."""
+
+    def __len__(self) -> int:
+        """The number of times."""
+
+    def __call__(self, rows: Int64[Tensor, "time row"], times: Int64[Tensor, " time"]) -> Tensor:
+        """Those of some paths at each of some times, with the shape of ``rows``."""
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """One function per time, from the numbers of some paths to their losses."""
+
+    losses: Sequence[Loss]
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    def __call__(self, rows: Int64[Tensor, "time row"], times: Int64[Tensor, " time"]) -> Tensor:
+        pairs = zip(times.tolist(), rows, strict=True)
+        return torch.stack([self.losses[k](own) for k, own in pairs])
 
 
 @dataclass(frozen=True)
@@ -23,7 +49,7 @@ class Descent:
 
     Attributes:
         steps: how many.
-        batch: paths per step, drawn by their weights (None: all of them, weighted).
+        batch: paths per step and time, drawn by their weights (None: all of them, weighted).
         times: times t per step, drawn at random (None: all of them).
         learning_rate: the first one.
         held_out: the share of the paths that only judge; they are looked at ten times.
@@ -43,43 +69,41 @@ class Descent:
     def minimise(
         self,
         parameters: Iterable[Tensor],
-        losses: Sequence[Loss],
+        losses: Sequence[Loss] | Losses,
         weights: Float64[Tensor, " path"],
     ) -> None:
-        """Minimises the weighted mean over the paths of the sum over the times of their losses.
-
-        Args:
-            losses: one function per time, from the numbers of some paths to their losses.
-        """
+        """Minimises the weighted mean over the paths of the sum over the times of their losses."""
         parameters = list(parameters)
+        together = OneByOne(losses) if isinstance(losses, Sequence) else losses
         shuffled = torch.arange(len(weights), device=weights.device)
         if self.held_out:
             shuffled = torch.randperm(len(weights)).to(weights.device)
         held, rows = shuffled.tensor_split([round(self.held_out * len(weights))])
         if not bool(weights[rows].any()):
             return  # all that there is to learn from is held out
-        best = Best(parameters, losses, held, weights[held])
+        best = Best(parameters, together, held, weights[held])
         optimiser = torch.optim.Adam(parameters, lr=self.learning_rate)
         for step in range(self.steps):
             if step % math.ceil(self.steps / LOOKS) == 0:
                 best.look()
             for group in optimiser.param_groups:
                 group["lr"] = self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
-            loss = self._loss(losses, rows, weights[rows] / weights[rows].sum())
+            loss = self._loss(together, rows, weights[rows] / weights[rows].sum())
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
         best.look()
         best.restore()
 
-    def _loss(self, losses: Sequence[Loss], rows: Tensor, shares: Tensor) -> Tensor:
+    def _loss(self, losses: Losses, rows: Tensor, shares: Tensor) -> Tensor:
         """The loss of some paths at some times."""
+        times = torch.randperm(len(losses))[: self.times].to(rows.device)
+        rows = rows.expand(len(times), -1)
         if self.batch is not None:
-            rows = rows[torch.multinomial(shares, self.batch, replacement=True)]
-            shares = torch.full_like(rows, 1 / self.batch, dtype=shares.dtype)
-        chosen = torch.randperm(len(losses))[: self.times].tolist()
-        scale = len(losses) / len(chosen)
-        return torch.as_tensor(sum((shares * losses[k](rows)).sum() for k in chosen) * scale)
+            size = len(times) * self.batch
+            chosen = torch.multinomial(shares, size, replacement=True).reshape(len(times), -1)
+            rows, shares = rows.gather(1, chosen), shares.new_tensor(1 / self.batch)
+        return (shares * losses(rows, times)).sum() * (len(losses) / len(times))
 
 
 @dataclass
@@ -91,7 +115,7 @@ class Best:
     """
 
     parameters: Sequence[Tensor]
-    losses: Sequence[Loss]
+    losses: Losses
     held: Int64[Tensor, " row"]
     weights: Float64[Tensor, " row"]
     least: float = math.inf
@@ -102,7 +126,9 @@ class Best:
         """Judges the present parameters."""
         if not len(self.held):
             return
-        loss = float(torch.stack([(self.weights * f(self.held)).sum() for f in self.losses]).sum())
+        times = torch.arange(len(self.losses), device=self.held.device)
+        rows = self.held.expand(len(times), -1)
+        loss = float((self.weights * self.losses(rows, times)).sum())
         if loss < self.least:
             self.least, self.kept = loss, [p.detach().clone() for p in self.parameters]
 

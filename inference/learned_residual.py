@@ -11,11 +11,11 @@ layer starts at zero: before any learning this *is* the analytic twist (or, with
 own transition).
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
@@ -23,78 +23,15 @@ from smcdiff.process import Kernel, Tree
 from smcdiff.program import Program
 from smcdiff.twist import Twist, TwistValue, View
 
-from .descent import Descent, Loss
+from .descent import Descent
 from .learned import Draw, LearnedTwist, Paths
+from .learned_head import ResidualHead
 from .linear_gaussian import Covariance, stack
 from .proposals import Move, Start, TwistedKernel
-from .steered import Steered, SteeredWithin, steerable, steered
+from .steered import Steered, SteeredWithin, join, steerable, steered
 
-TIMES = 4  # features of t
-FAR = 5.0  # standardised inputs end here: a network that extrapolates sends paths to infinity
 MANY, FEW = 16, 4  # dimensions that need a basis, and what it has (benchmarks/wishes.py, mixtures)
 HOPELESS = -20.0  # of log psi below the average: what is further down need not be told apart
-
-
-class ResidualHead(nn.Module):
-    """Two hidden layers between standardised inputs and outputs that start at zero.
-
-    Args:
-        size: d, of the states.
-        context: how many numbers are shown beside states, estimates and directions.
-        width: of the hidden layers.
-        rank: how many combinations of the elements it sees and moves (None: every element). Which,
-            the first paths tell: the leading ones of the estimates and of the directions.
-
-    Attributes:
-        basis: these combinations, orthonormal, with shape ``(d, rank)``; None for every element.
-    """
-
-    centre: Tensor
-    scale: Tensor
-    basis: Tensor | None
-
-    def __init__(self, size: int, context: int, width: int, rank: int | None = None) -> None:
-        super().__init__()
-        self.size, kept = size, size if rank is None else rank
-        self.register_buffer("basis", None if rank is None else torch.zeros(size, kept))
-        self.register_buffer("centre", torch.zeros(3 * kept + context))
-        self.register_buffer("scale", torch.ones(3 * kept + context))
-        inputs = len(self.centre) + TIMES
-        self.hidden = nn.Sequential(
-            nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
-        )
-        self.last = nn.Linear(width + inputs, kept + 1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-
-    def forward(
-        self, inputs: Float[Tensor, "path input"], time: Float[Tensor, " path"]
-    ) -> Float[Tensor, "path output"]:
-        angle = math.pi * time[:, None]
-        times = torch.cat([time[:, None], time[:, None] ** 2, angle.cos(), angle.sin()], -1)
-        near = ((self._seen(inputs) - self.centre) / self.scale).clamp(-FAR, FAR)
-        features = torch.cat([near, times], -1)
-        out: Tensor = self.last(torch.cat([self.hidden(features), features], -1))
-        if self.basis is None:
-            return out
-        return torch.cat([out[:, :-1] @ self.basis.mT, out[:, -1:]], -1)
-
-    def standardise(self, inputs: Float[Tensor, "path input"]) -> None:
-        """Fixes the basis, what is subtracted from its inputs, and what they are divided by."""
-        if self.basis is not None:
-            estimates, directions = inputs.split(self.size, -1)[1:3]
-            estimates = estimates - estimates.mean(0)
-            both = [part / part.norm().clamp(min=1e-9) for part in (estimates, directions)]
-            self.basis.copy_(torch.svd_lowrank(torch.cat(both), self.basis.shape[1])[2])
-        seen = self._seen(inputs)
-        self.centre.copy_(seen.mean(0))
-        self.scale.copy_(seen.std(0).clamp(min=1e-3))
-
-    def _seen(self, inputs: Float[Tensor, "path input"]) -> Float[Tensor, "path seen"]:
-        if self.basis is None:
-            return inputs
-        parts = inputs[:, : 3 * self.size].split(self.size, -1)
-        return torch.cat([*(p @ self.basis for p in parts), inputs[:, 3 * self.size :]], -1)
 
 
 class ResidualTwist(LearnedTwist):
@@ -112,8 +49,8 @@ class ResidualTwist(LearnedTwist):
         context: names of sites that the network sees as well: observed values, so that one network
             serves many observations, or latents.
         pseudo_count: the anchor, in paths of the base.
-        descent: how the network is trained (None: as :class:`Descent` does, and where the rank is
-            less than d only as far as a quarter of the paths, held out, agree).
+        descent: how the network is trained (None: by 64 paths at each of 32 times per step, and
+            where the rank is less than d only as far as a quarter of the paths, held out, agree).
     """
 
     def __init__(
@@ -156,14 +93,14 @@ class ResidualTwist(LearnedTwist):
         if self.network is None:
             return 0.0
         count = sum(p.numel() for p in self.network.parameters())
-        return count / (self.num_steps * self.size)
+        return count / (self.num_steps * (self.size + 1))
 
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.network is None else {n: v.clone() for n, v in self._state().items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         if self.network is None and tensors:
-            kept = len(tensors["last.bias"]) - 1
+            kept = len(tensors["direction.last.bias"])
             size, rank = tensors["basis"].shape if "basis" in tensors else (kept, None)
             self.network = ResidualHead(size, len(tensors["centre"]) - 3 * kept, self.width, rank)
             self.network.to(tensors["centre"].device)
@@ -248,11 +185,11 @@ class ResidualTwist(LearnedTwist):
             direction = (twist["direction"] * covariance.diagonal.sqrt()).asinh()
         return torch.cat([states, estimates, direction, context], -1)
 
-    def _output(self, inputs: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    def _output(self, inputs: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
         """u and h, in float64."""
         assert self.network is not None
         parameter = next(self.network.parameters())
-        time = torch.full_like(inputs[:, 0], t / self.num_steps)
+        time = torch.zeros_like(inputs[:, 0]) + t / self.num_steps
         out = self.network(inputs.to(parameter), time.to(parameter)).double()
         if tuple(out.shape) != (len(inputs), self.size + 1):
             raise ValueError(
@@ -280,44 +217,100 @@ class ResidualTwist(LearnedTwist):
     # ------------------------------------------------------------------------------- the learning
 
     def fit(self, paths: Paths, weights: Float64[Tensor, " path"]) -> None:
-        size = float(1 / weights.square().sum())
-        trust = size / (size + self.pseudo_count)
         draws = list(paths.draws())[1:]
-        if isinstance(self.network, ResidualHead) and not bool(self.network.last.weight.any()):
-            inputs = [self._inputs(d.before, d.kernels, *self._seen(d)) for d in draws]
+        inputs = [self._inputs(d.before, d.kernels, *self._seen(d)) for d in draws]
+        if isinstance(self.network, ResidualHead) and not self.network.begun:
             self.network.standardise(torch.cat(inputs).to(self.network.centre))
+        if self.network is None:
+            return
         seen = 0.5 * (weights + 1 / len(weights))  # h must know what not to follow, too
-        losses = []
-        for draw, to_go in zip(draws, paths.to_go(), strict=True):
-            foreseen = draw.cache["log_psi"] - draw.cache["twist"]["value"]
-            target = to_go - foreseen
-            target = target - weights @ torch.where(weights > 0, target, 0.0)
-            losses.append(self._loss(draw, target.clamp(min=HOPELESS), weights / seen, trust))
-        if self.network is not None:
-            partly = getattr(self.network, "basis", None) is not None
-            descent = self.descent or Descent(held_out=0.25 if partly else 0.0)
-            descent.minimise(self.network.parameters(), losses, seen)
+        size = float(1 / weights.square().sum())
+        common = self._output, weights / seen, size / (size + self.pseudo_count)
+        basis, parts = self._basis(weights), []
+        for draw, shown, to_go in zip(draws, inputs, paths.to_go(), strict=True):
+            times, target = torch.full_like(to_go, draw.s + 1), _target(draw, to_go, weights)
+            recorded = _within(self._steered(draw), basis, len(target))
+            parts.append(Misfits(*common, shown, times, target, recorded, basis))
+        held_out = 0.25 if self._partly else 0.0
+        descent = self.descent or Descent(batch=64, times=32, held_out=held_out)
+        losses = [part.alone for part in parts] if basis is None else Misfits.join(parts)
+        descent.minimise(self.network.parameters(), losses, seen)
 
-    def _loss(self, draw: Draw, target: Tensor, share: Tensor, trust: float) -> Loss:
-        """The anchored negative log-likelihood of one draw, and the misfit of log psi.
+    @property
+    def _partly(self) -> bool:
+        """Whether only some directions are learned."""
+        return getattr(self.network, "basis", None) is not None
 
-        Args:
-            share: what a row counts in the likelihood, given how often it is seen.
-        """
-        inputs = self._inputs(draw.before, draw.kernels, *self._seen(draw))
-        basis = self.network.basis if isinstance(self.network, ResidualHead) else None
-        steered: Steered | SteeredWithin | None = self._steered(draw)
-        if isinstance(steered, Steered) and basis is not None:
-            steered = steered.within(basis.double())
+    def _basis(self, like: Tensor) -> Float64[Tensor, "d k"] | None:
+        """Directions so few that a draw is kept as a quadratic function of them."""
+        if isinstance(self.network, ResidualHead) and self.network.basis is not None:
+            return self.network.basis.double()
+        return torch.eye(self.size).to(like) if self.size <= MANY else None
 
-        def loss(rows: Tensor) -> Tensor:
-            u, h = self._output(inputs[rows], draw.s + 1)
-            misfit = smooth_l1_loss(h, target[rows], reduction="none")
-            if steered is None:
-                return misfit
-            u = u if basis is None else u @ basis.double()
-            likelihood = -steered.take(rows).log_ratio(u)
-            anchored = (1 - trust) * 0.5 * u.square().sum(-1) - trust * likelihood
-            return misfit + share[rows] * anchored
 
-        return loss
+def _target(draw: Draw, to_go: Tensor, weights: Tensor) -> Float64[Tensor, " path"]:
+    """What h should have added to log psi, up to a constant."""
+    missed = to_go - draw.cache["log_psi"] + draw.cache["twist"]["value"]
+    return (missed - weights @ torch.where(weights > 0, missed, 0.0)).clamp(min=HOPELESS)
+
+
+def _within(
+    recorded: Steered | None, basis: Tensor | None, number: int
+) -> Steered | SteeredWithin | None:
+    """A draw by what is scored: directions in the basis, if there is one."""
+    if basis is None:
+        return recorded
+    if recorded is not None:
+        return recorded.within(basis)
+    k = basis.shape[1]  # nothing is steered
+    return SteeredWithin(*(basis.new_zeros(n) for n in ((number,), (number, k), (1, k, k))))
+
+
+@dataclass(frozen=True)
+class Misfits:
+    """The anchored negative log-likelihood of recorded draws, and the misfit of log psi.
+
+    Attributes:
+        output: u and h by inputs and times.
+        share: what a path counts in the likelihood, given how often it is seen.
+        trust: the share of the paths, against the anchor.
+        inputs, times, target, recorded: of all paths at one time, then at the next.
+        basis: that of the recorded draws.
+    """
+
+    output: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    share: Float64[Tensor, " path"]
+    trust: float
+    inputs: Float64[Tensor, "pair input"]
+    times: Float64[Tensor, " pair"]
+    target: Float64[Tensor, " pair"]
+    recorded: Steered | SteeredWithin | None
+    basis: Float64[Tensor, "d k"] | None
+
+    @staticmethod
+    def join(parts: "Sequence[Misfits]") -> "Misfits":
+        """Of several times, within one basis."""
+        inputs, times, target = (
+            torch.cat([getattr(part, name) for part in parts])
+            for name in ("inputs", "times", "target")
+        )
+        recorded = join([p.recorded for p in parts if isinstance(p.recorded, SteeredWithin)])
+        return replace(parts[0], inputs=inputs, times=times, target=target, recorded=recorded)
+
+    def __len__(self) -> int:
+        return len(self.target) // len(self.share)
+
+    def __call__(self, rows: Tensor, times: Tensor) -> Float64[Tensor, "time row"]:
+        pairs = (times[:, None] * len(self.share) + rows).flatten()
+        u, h = self.output(self.inputs[pairs], self.times[pairs])
+        misfit = smooth_l1_loss(h, self.target[pairs], reduction="none")
+        if self.recorded is not None:
+            u = u if self.basis is None else u @ self.basis
+            likelihood = -self.recorded.take(pairs).log_ratio(u)
+            anchored = (1 - self.trust) * 0.5 * u.square().sum(-1) - self.trust * likelihood
+            misfit = misfit + self.share[rows.flatten()] * anchored
+        return misfit.reshape(rows.shape)
+
+    def alone(self, rows: Tensor) -> Float64[Tensor, " row"]:
+        """The same where there is one time."""
+        return self(rows[None], torch.zeros_like(rows[:1]))[0]

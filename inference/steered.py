@@ -73,6 +73,13 @@ class SteeredWithin:
         return self.value + (self.gradient * u).sum(-1) + 0.5 * curved
 
 
+def join(parts: Sequence[SteeredWithin]) -> SteeredWithin:
+    """The draws of several times, one time's paths after the other's."""
+    values, gradients = [p.value for p in parts], [p.gradient for p in parts]
+    hessians = [p.hessian.expand(len(p.value), -1, -1) for p in parts]
+    return SteeredWithin(torch.cat(values), torch.cat(gradients), torch.cat(hessians))
+
+
 def steerable(
     names: Sequence[str], kernels: Mapping[str, Kernel], x: Mapping[str, Tensor]
 ) -> Covariance | None:

@@ -6,6 +6,8 @@ import torch
 
 from smcdiff.inference import DenoisedLikelihood, ResidualTwist, TrustRegionTwistedSMC
 from smcdiff.inference.descent import Descent
+from smcdiff.inference.learned_head import ResidualHead
+from smcdiff.inference.learned_residual import Misfits
 from smcdiff.inference.linear_gaussian import Covariance, LocalTwist
 from smcdiff.inference.steered import Steered
 from smcdiff.models import Diffusion, LogSNR, MixtureDenoiser
@@ -97,6 +99,48 @@ def test_a_rank_that_is_no_restriction():
 def test_no_rank_at_all():
     with pytest.raises(ValueError, match="rank must be at least 1"):
         ResidualTwist(rank=0)
+
+
+# ------------------------------------------------------------------------------- u and h apart
+
+
+def test_direction_and_value_share_no_weights():
+    """The misfits of h are large, and Adam would spend its steps on them."""
+    torch.manual_seed(0)
+    head = ResidualHead(size=3, context=0, width=8)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_()
+    out = head(torch.randn(5, 9), torch.full((5,), 0.5))
+    assert out.shape == (5, 4)
+    for part, other in ((head.direction, out[:, -1]), (head.value, out[:, :-1])):
+        parameters = list(part.parameters())
+        slopes = torch.autograd.grad(other.sum(), parameters, retain_graph=True)
+        assert not any(bool(slope.any()) for slope in slopes)
+
+
+@pytest.mark.parametrize("curved", [True, False])
+def test_all_times_at_once_are_each_time_alone(curved):
+    torch.manual_seed(0)
+    basis, share, weights = torch.eye(3).double(), normal(6).exp(), normal(3, 4)
+
+    def output(inputs, times):
+        out = inputs @ weights * times[:, None]
+        return out[:, :-1], out[:, -1]
+
+    def part(t):
+        local = LocalTwist(normal(6, 3))
+        if curved:
+            local = LocalTwist(normal(6, 3), normal(6, 2, 3), torch.eye(2).double()[None])
+        recorded = Steered(normal(6, 3), Covariance(normal(1, 3).exp()), local).within(basis)
+        times = torch.full((6,), float(t), dtype=torch.float64)
+        return Misfits(output, share, 0.9, normal(6, 3), times, normal(6), recorded, basis)
+
+    parts = [part(t) for t in (3, 2, 1)]
+    joined, rows = Misfits.join(parts), torch.tensor([[0, 5], [2, 2]])
+    assert len(joined) == 3
+    expected = torch.stack([parts[2].alone(rows[0]), parts[0].alone(rows[1])])
+    torch.testing.assert_close(joined(rows, torch.tensor([2, 0])), expected)
 
 
 # ----------------------------------------------------------------------------------- held out
