@@ -22,6 +22,7 @@ from jaxtyping import Float64, Int64
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from smcdiff.arguments import check_names
 from smcdiff.dissection import draw
 from smcdiff.execution import Statement
 from smcdiff.particles import Calls, map_tree
@@ -137,6 +138,7 @@ class InferenceCompilation(GuideLearner[float]):
         max_gradient_norm: float | None = None,
     ) -> None:
         super().__init__(model, guide, optim, num_particles, max_gradient_norm)
+        check_names("data", data)
         self.data = dict(data) if isinstance(data, Mapping) else {name: name for name in data}
         self.num_paths, self.refresh, self.subsample = num_paths, refresh, subsample
         self.simulations: Simulations | None = None

@@ -145,7 +145,8 @@ class Controlled(Process):
 
 
 def _same(a: Any, b: Any) -> bool:
-    a, b = (torch.tensor(v) if is_label(v) else v for v in (a, b))
+    device = next((v.device for v in (a, b) if isinstance(v, Tensor)), None)
+    a, b = (torch.tensor(int(v), device=device) if is_label(v) else v for v in (a, b))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.shape == b.shape and a.device == b.device and bool((a == b).all()))
     return a is b or (type(a) is type(b) and bool(a == b))

@@ -61,7 +61,11 @@ class Program:
         check_model("model", self.model)
         check_kind("args", self.args, tuple, "(y,)")
         check_names("per_problem", self.per_problem)
-        self._bound = inspect.signature(_callable(self.model)).bind(*self.args, **self.kwargs)
+        signature = inspect.signature(_callable(self.model))
+        try:
+            self._bound = signature.bind(*self.args, **self.kwargs)
+        except TypeError as error:
+            raise TypeError(f"{error}: what run() is given goes to the model{signature}") from None
         self._bound.apply_defaults()
         self.num_problems = self._count_problems()
         self._plates_to_insert: dict[str, int] = {}
