@@ -11,6 +11,7 @@ layer starts at zero: before any learning this *is* the analytic twist (or, with
 own transition).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
+from smcdiff.arguments import check_kind, check_names, check_number, check_whole
 from smcdiff.process import Kernel, Tree
 from smcdiff.program import Program
 from smcdiff.twist import Twist, TwistValue, View
@@ -64,8 +66,10 @@ class ResidualTwist(LearnedTwist):
         pseudo_count: float = 1.0,
         descent: Descent | None = None,
     ) -> None:
-        if rank is not None and rank < 1:
-            raise ValueError(f"rank must be at least 1 (or None: by the dimension), but got {rank}")
+        check_kind("base", base, Twist, "DenoisedLikelihood()", optional=True)
+        check_whole("rank", rank, or_none="by the dimension")
+        check_names("context", context)
+        check_number("pseudo_count", pseudo_count, 0, math.inf, "[)")
         self.base, self.network, self.width, self.rank = base, network, width, rank
         self.context, self.pseudo_count, self.descent = tuple(context), pseudo_count, descent
         self.steer = TwistedKernel()

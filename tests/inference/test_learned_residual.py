@@ -97,7 +97,7 @@ def test_a_rank_that_is_no_restriction():
 
 
 def test_no_rank_at_all():
-    with pytest.raises(ValueError, match="rank must be at least 1"):
+    with pytest.raises(ValueError, match="rank must be a positive integer"):
         ResidualTwist(rank=0)
 
 

@@ -15,6 +15,7 @@ from smcdiff.inference import (
     SMC,
     BackAndForth,
     DenoisedLikelihood,
+    InferenceCompilation,
     Inflated,
     IntermediateReward,
     JointTwist,
@@ -28,6 +29,7 @@ from smcdiff.inference import (
     RelativeTrajectoryBalance,
     RelaxedLikelihood,
     ReplayBuffer,
+    ResidualTwist,
     Settings,
     StringTwist,
     Tempered,
@@ -111,6 +113,11 @@ def balance(optim=None, **settings):
 
 def infill(given):
     return SMC(lambda: masked()("x", given=given), num_particles=2).run()
+
+
+def compilation(**settings):
+    optim = pyro.optim.Adam({"lr": 1e-3})
+    return InferenceCompilation(model, lambda y: PRIOR("x"), optim, **settings)
 
 
 MISTAKES = {
@@ -230,6 +237,7 @@ MISTAKES = {
     "defensive must be a number in": [lambda: TokenTwist(defensive=2.0)],
     "base must be a Twist": [
         lambda: PowerTwist(DenoisedLikelihood),
+        lambda: ResidualTwist("denoised"),
         lambda: StringTwist(DenoisedLikelihood),
     ],
     "features must be a Tensor or a Mapping": [lambda: QuadraticTwist(features=3)],
@@ -239,6 +247,8 @@ MISTAKES = {
         lambda: Mala(network, step_size=-1),
     ],
     "num_moves must be a positive integer": [lambda: Rejuvenation(num_moves=1.5)],
+    "context takes several names": [lambda: ResidualTwist(context="y")],
+    "data takes several names": [lambda: compilation(data="y")],
     "names takes several names": [lambda: Rejuvenation(names="z")],
     "optim must be a PyroOptim": [lambda: balance(torch.optim.Adam([torch.zeros(1)]))],
     "behaviours must be a Sequence": [lambda: balance(behaviours=OnPolicy())],
@@ -342,7 +352,7 @@ MISTAKES = {
     "data_at is the network's time of the data": [
         lambda: ExactVelocity(GaussianDenoiser(torch.zeros(2), 1.0), data_at=3)
     ],
-    "rank must be a positive integer": [lambda: lora(0)],
+    "rank must be a positive integer": [lambda: lora(0), lambda: ResidualTwist(rank=1.5)],
     "bound must be a number above 0": [lambda: LearnedScale(3, bound=-1.0)],
     "event_dim must be a positive integer": [lambda: Head(nn.Linear(2, 2), event_dim=-1)],
 }
