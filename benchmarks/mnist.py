@@ -1,6 +1,7 @@
 r"""Inpainting and super-resolution of real digits, and whether the intervals are honest.
 
     python benchmarks/mnist.py --images 100                  # a GPU's job: --device cuda
+    python benchmarks/mnist.py --images 100 --record FILE    # rows found before are not run again
     python benchmarks/mnist.py --images 4 --particles 4 16   # a quick look
     python benchmarks/mnist.py --coverage 50                 # intervals, on images of the prior
     python benchmarks/mnist.py --dataset digits ...          # the same on 8x8 digits, in minutes
@@ -11,18 +12,21 @@ Observations are sharp (standard deviation 0.05), so steps are spent where littl
 First table, by problem and method, medians over images: PSNR of the posterior mean (of the best
 particle for best-of-n; grey values span 2), how often a judge that did not guide sees the true
 digit in a draw, the smallest effective sample size as a share of N, the deviation of log Z over the
-two runs, network calls and backward passes per image, seconds, and peak memory in MB. Coverage: how
+two runs, network calls and backward passes per image, seconds (of one CPU, or of waiting
+for a GPU), and peak memory in MB. Coverage: how
 often 90 % intervals hold the truth when the truth is a draw of the prior, over all unseen pixels
 and for two functionals, their mean and the judge's logit of a 3. (The truth must not choose the
 functional: the logit of what the judge sees *there* is large by choice, and fails exact inference.)
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyro
 import torch
@@ -96,6 +100,7 @@ class Row:
     network: float
     gradient: float
     seconds: float
+    peak: float = float("nan")
 
 
 def psnr(found: Tensor, truth: Tensor) -> float:
@@ -110,10 +115,11 @@ def smallest_ess(posterior: Posterior) -> float:
 def run(name: str, task: Task, prior: Diffusion, judge, truth: Tensor, label: Tensor) -> Row:  # type: ignore[no-untyped-def]
     kind, _, count = name.partition(" ")
     particles, y, nan = int(count), task.observe(truth), float("nan")
-    start = time.perf_counter()
+    clock = time.process_time if y.device.type == "cpu" else time.perf_counter
+    start = clock()
     if kind == "DPS":
         x = guided(task, prior, y, 2 * particles)
-        calls, seconds = 2 * particles * prior.num_steps, time.perf_counter() - start
+        calls, seconds = 2 * particles * prior.num_steps, clock() - start
         hit = float((judge(x).argmax(-1) == label).float().mean())
         return Row(psnr(x.mean(0), truth), hit, nan, nan, calls, calls, seconds)
     size = {"num_particles": particles, "num_runs": 2}
@@ -126,7 +132,7 @@ def run(name: str, task: Task, prior: Diffusion, judge, truth: Tensor, label: Te
         method = TwistedSMC(task.model, covariance=kind, proposal="gradient", **size)  # type: ignore[arg-type]
         posterior = method.run(y)
         found, x = posterior.expectation("x").mean, posterior.resample()["x"].flatten(0, 1)
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     return Row(
         psnr(found, truth),
         float((judge(x).argmax(-1) == label).float().mean()),
@@ -138,35 +144,70 @@ def run(name: str, task: Task, prior: Diffusion, judge, truth: Tensor, label: Te
     )
 
 
+class Record:
+    """Rows by image, problem and method; kept in a file, if there is one, line by line."""
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.rows: dict[tuple[Any, ...], Row] = {}
+        for line in path.read_text().splitlines() if path and path.exists() else []:
+            saved = json.loads(line)
+            if saved["settings"] == settings:
+                self.rows[tuple(saved["key"])] = Row(**saved["row"])
+
+    def add(self, key: tuple[Any, ...], row: Row) -> None:
+        self.rows[key] = row
+        if self.path:
+            line = json.dumps({"settings": self.settings, "key": key, "row": asdict(row)})
+            with self.path.open("a") as file:
+                file.write(line + "\n")
+
+
 def table(dataset: Dataset, prior: Diffusion, arguments: argparse.Namespace) -> None:
     judge = dataset.classifier("judge").to(arguments.device)
     images, labels = real_images(arguments.dataset, arguments.images, arguments.device)
     names = [f"{kind} {max(arguments.particles)}" for kind in ("best-of-n", "DPS")]
     names += [f"{kind} {n}" for kind in arguments.covariances for n in arguments.particles]
+    keys = ("dataset", "steps", "spacing", "noise")
+    record = Record(arguments.record, {key: getattr(arguments, key) for key in keys})
+    problems = tasks(dataset, prior, arguments.noise)
+    for number, (truth, label) in enumerate(zip(images, labels, strict=True)):
+        for task in problems:
+            for name in names:
+                if (number, task.name, name) not in record.rows:
+                    pyro.set_rng_seed(number)
+                    forget_peak(arguments.device)
+                    row = run(name, task, prior, judge, truth, label)
+                    row = replace(row, peak=peak(arguments.device))
+                    record.add((number, task.name, name), row)
+    print(f"medians over {arguments.images} images, {arguments.steps} steps\n")
     print(
-        "| problem | method, particles | PSNR | judge agrees | smallest ESS | sd log Z | calls | ",
+        "| problem | method, particles | PSNR | judge agrees | smallest ESS | sd log Z | calls ",
         end="",
     )
-    print("backward | seconds | peak MB |\n|" + "---|" * 10)
-    for task in tasks(dataset, prior, arguments.noise):
+    print("| backward | seconds | peak MB |\n|" + "---|" * 10)
+    for task in problems:
         for name in names:
-            rows = []
-            for number, (truth, label) in enumerate(zip(images, labels, strict=True)):
-                pyro.set_rng_seed(number)
-                rows.append(run(name, task, prior, judge, truth, label))
+            rows = [record.rows[number, task.name, name] for number in range(len(images))]
             columns = [[getattr(row, f) for row in rows] for f in Row.__dataclass_fields__]
             middle = [statistics.median(column) for column in columns]
             middle[1] = statistics.mean(columns[1])
-            print(f"| {task.name} | {name} | " + " | ".join(form(v) for v in middle), end=" | ")
-            print(f"{peak(arguments.device):.0f} |", flush=True)
+            print(f"| {task.name} | {name} | " + " | ".join(form(v) for v in middle) + " |")
 
 
 def form(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
+def forget_peak(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak(device: str) -> float:
-    """The largest memory so far, in MB."""
+    """The largest memory since it was forgotten, in MB."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
@@ -219,6 +260,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--spacing", default="karras")
     parser.add_argument("--noise", type=float, default=0.05)
+    parser.add_argument("--record", type=Path, help="a file of rows, to go on from")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     dataset = DATASETS[arguments.dataset]
