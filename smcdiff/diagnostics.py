@@ -137,8 +137,8 @@ def _check_roots(d: Diagnosis) -> Iterator[Finding]:
     total = d.num_particles * d.num_runs
     advice = "use more particles or runs"
     if total >= 2 * FEW_ROOTS:
-        advice += ", resample less (ess_threshold=0.25), or look further ahead: TwistedSMC, or a "
-        advice += "twist that learns (TrustRegionTwistedSMC)"
+        advice += ", resample less (ess_threshold=0.25), or look further ahead: with TwistedSMC "
+        advice += "or, if that was it, a twist that learns (TrustRegionTwistedSMC)"
     yield Finding(
         "failed" if d.independent_particles < HOPELESS_ROOTS else "doubtful",
         f"the answer rests on {d.independent_particles:.1f} independent particles (effective "

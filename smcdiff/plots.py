@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .posterior import Posterior
 
-HEAVY = 0.7  # k-hat above which averages are unreliable
+HEAVY = 0.7  # k-hat above which averages are unreliable: a guide to the eye, no part of the verdict
 LABELLED = 8  # runs that get a colour and a label each
 GREY, ACCENT = "0.55", "#b2182b"
 At = tuple[int, ...]
@@ -83,7 +83,7 @@ def _khats(ax: "Axes", posterior: "Posterior", at: At) -> None:
     for run, color in enumerate(_colors(len(khats))):
         known = khats[run].isfinite().nonzero()[:, 0].tolist()
         _dots(ax, [where[k] for k in known], khats[run, known], color)
-    _threshold(ax, HEAVY, f"{HEAVY}")
+    _threshold(ax, HEAVY, f"{HEAVY}", GREY)
     seen = khats[khats.isfinite()].tolist()
     ax.set_ylim(min([-0.05, *(k - 0.1 for k in seen)]), max([1.0, *(k + 0.1 for k in seen)]))
     if not seen:
@@ -280,9 +280,9 @@ def _dots(ax: "Axes", times: list[int], values: Tensor, color: Any) -> None:
     ax.plot(times, values, "o", color=color, ms=5, mec="white", mew=0.6, clip_on=False)
 
 
-def _threshold(ax: "Axes", value: float, text: str) -> None:
-    ax.axhline(value, color=ACCENT, ls=":", lw=1)
-    ax.text(1, value, f" {text}", color=ACCENT, va="center", transform=ax.get_yaxis_transform())
+def _threshold(ax: "Axes", value: float, text: str, color: str = ACCENT) -> None:
+    ax.axhline(value, color=color, ls=":", lw=1)
+    ax.text(1, value, f" {text}", color=color, va="center", transform=ax.get_yaxis_transform())
 
 
 def _time_axis(ax: "Axes", num_steps: int) -> None:
