@@ -158,10 +158,10 @@ def contestants(
     pyro.set_rng_seed(seed)
     method = TrustRegionTwistedSMC(
         model,
-        ResidualTwist(descent=Descent(steps=200)),
+        ResidualTwist(descent=Descent(200, 64, None, 1e-2, held_out=0.25)),
         epsilon=1.0,
         num_iterations=arguments.iterations,
-        learning_particles=arguments.particles,
+        learning_particles=arguments.learning,
         num_particles=arguments.particles,
         good_ess=0.3,
         **size,
@@ -197,8 +197,9 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--problems", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--iterations", type=int, default=8)
-    parser.add_argument("--particles", type=int, default=1000, help="per sweep and per run")
+    parser.add_argument("--iterations", type=int, default=6)
+    parser.add_argument("--learning", type=int, default=2000, help="paths per sweep")
+    parser.add_argument("--particles", type=int, default=1000, help="of each final run")
     parser.add_argument("--runs", type=int, default=4, help="of the final run")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -206,8 +207,8 @@ def main() -> None:
     warnings.simplefilter("ignore")  # of bootstraps whose weights degenerate, as they must here
     print("| problem | log Z | efficiency | method | log Z error | pooled | ESS / N | calls |")
     print("|" + "---|" * 8)
-    for kind in arguments.kinds:
-        for seed in range(arguments.problems):
+    for seed in range(arguments.problems):
+        for kind in arguments.kinds:
             problem = Problem.draw(kind, seed)
             for made in contestants(problem, seed, arguments):
                 print(row(problem, seed, *made), flush=True)
