@@ -46,6 +46,10 @@ from .observations import Observations, constant_operator, observe, operator, st
 CovarianceName = Literal["auto", "none", "scalar", "diagonal", "jacobian"]
 FEW_OBSERVATIONS = 4  # up to here a backward pass per observation is worth its price
 DAMPING = 0.5  # benchmarks/damping.py
+# The share of the usual variance that is left to every direction: at high noise half of the
+# eigenvalues that a network's Jacobian suggests are negative, and a look-ahead that takes these for
+# certainty is off by a hundred nats (48 sharp observations of an 8x8 digit).
+LEAST_VARIANCE = 0.1
 TINY = 1e-12  # a Gaussian to the power 0 has no finite covariance
 
 
@@ -65,7 +69,7 @@ class DenoisedLikelihood(Twist):
             observations are linear; a scalar one may well be too narrow for data that is not
             Gaussian).
         damping: the power of R_t^2 above; 0 for none (None: 0.5, and 0 for Gaussian observations
-            where the denoiser is exact or its Jacobian is used).
+            where the denoiser is exact).
     """
 
     def __init__(
@@ -136,7 +140,7 @@ class DenoisedLikelihood(Twist):
             spread = self._spread(view, matrix, seen, slope, noise)
             factor = torch.linalg.cholesky(spread)
             likelihood, solved = log_normal(seen.residual, factor)
-            power = self._power(view, 0.0 if self._by_slope or self.closed else DAMPING)
+            power = self._power(view, 0.0 if self.closed else DAMPING)
             solved = power * solved.detach()
             log_psi = log_psi + power * likelihood  # differentiable in the latents: rejuvenation
             if self._curved:
@@ -286,13 +290,18 @@ class DenoisedLikelihood(Twist):
     ) -> tuple[Tensor, Tensor]:
         """Row sums of the Jacobian in place of its diagonal (Boys et al. 2024, section 3.3)."""
         estimates = [view.execution.states[n][: view.batch].flatten(1) for n in self.names]
-        (sums,) = (stack(each).clamp(min=0) for each in view.measure([torch.cat(estimates, 1)]))
-        covariance = self._tweedie(view, sums, torch.ones_like(sums))
+        (sums,) = (stack(each) for each in view.measure([torch.cat(estimates, 1)]))
+        covariance = self._tweedie(view, sums, torch.ones_like(sums)).clamp(min=self._least(view))
         after = covariance / (1 + self._gain(view, t) * covariance)
         gain = stacked_levels(view.program, self.names, view.x, t, "alpha")
         gain = gain / stacked_levels(view.program, self.names, view.x, t, "sigma") ** 2
         weighted = matrix * (after * ratio)[:, None, :]
         return matrix * (after * gain)[:, None, :], seen.noise + weighted @ matrix.mT
+
+    def _least(self, view: View) -> float:
+        """The least variance of x_0 given x_t that a network is believed."""
+        spread = stacked_levels(view.program, self.names, view.x, view.t, "spread")
+        return LEAST_VARIANCE * float(spread.mean())
 
     def _tweedie(self, view: View, slopes: Tensor, rows: Tensor) -> Tensor:
         """Covariances from slopes, by sigma_t^2 / alpha_t; from the data's scale in pure noise."""
@@ -309,7 +318,7 @@ class DenoisedLikelihood(Twist):
         slopes = [stack(each) for each in view.measure(list(seen.mean.unbind(-1)))]
         rows = self._tweedie(view, torch.stack(slopes, 1), matrix)
         factor, inverse = _root(matrix @ matrix.mT)
-        inner = _positive(inverse @ rows @ matrix.mT @ inverse.mT)
+        inner = _at_least(self._least(view), inverse @ rows @ matrix.mT @ inverse.mT)
         eye = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
         step = eye + self._gain(view, t).mean() * inner if t < view.t else eye.expand_as(inner)
         after = factor @ torch.linalg.solve(step, inverse @ rows)
@@ -319,10 +328,10 @@ class DenoisedLikelihood(Twist):
         return after * gain, seen.noise + 0.5 * (kept + kept.mT)
 
 
-def _positive(matrix: Tensor) -> Tensor:
-    """The nearest symmetric matrix without negative eigenvalues (networks are not exact scores)."""
+def _at_least(variance: float, matrix: Tensor) -> Tensor:
+    """The nearest symmetric matrix without smaller eigenvalues."""
     values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
-    return (vectors * values.clamp(min=0)[..., None, :]) @ vectors.mT
+    return (vectors * values.clamp(min=variance)[..., None, :]) @ vectors.mT
 
 
 def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -510,7 +510,12 @@ def test_one_particle_knows_the_evidence(schedule: ContinuousSchedule, data_at: 
     """Of a memoryless flow with the exact velocity: twist, kernel and proposal agree."""
     prior = flow(12, schedule, data_at, dim=3)
     method = TwistedSMC(
-        observed(prior), num_particles=1, num_runs=10, covariance="jacobian", proposal="conjugate"
+        observed(prior),
+        num_particles=1,
+        num_runs=10,
+        covariance="jacobian",
+        proposal="conjugate",
+        damping=0.0,
     )
     log_evidence = method.run().log_evidence
     assert float(log_evidence.std()) < 1e-9
@@ -520,7 +525,12 @@ def test_one_particle_knows_the_evidence(schedule: ContinuousSchedule, data_at: 
 def test_euler_maruyama_is_nearly_as_good() -> None:
     prior = flow(50, method="euler")
     method = TwistedSMC(
-        observed(prior), num_particles=1, num_runs=200, covariance="jacobian", proposal="conjugate"
+        observed(prior),
+        num_particles=1,
+        num_runs=200,
+        covariance="jacobian",
+        proposal="conjugate",
+        damping=0.0,
     )
     log_evidence = method.run().log_evidence
     assert float(log_evidence.std()) < 0.1
