@@ -221,8 +221,8 @@ def contestants(
     yield "trust region", trust_region(model, wish, number, particles // 2)
     if len(WISHES[list(WISHES)[int(wish)]]) == 1:
         own = SMC(model, guide=setting.labelled, num_particles=number // RUNS, **apart).run(wish)
-        yield "own label, as drawn", unweighted(own, number, networks=2)
-        yield "own label, corrected", weighted(own, number, networks=2)
+        yield "own label, as drawn", unweighted(own, number)
+        yield "own label, corrected", weighted(own, number)
 
 
 def trust_region(model: Callable[..., None], wish: Tensor, number: int, particles: int) -> Found:

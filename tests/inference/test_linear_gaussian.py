@@ -77,7 +77,12 @@ def test_observations_may_repeat_each_other():
 
     for unit in (0.5, 0.6, 0.7, 1.0):
         method = TwistedSMC(
-            program, covariance="jacobian", proposal="conjugate", num_particles=1, num_runs=20
+            program,
+            covariance="jacobian",
+            proposal="conjugate",
+            damping=0.0,
+            num_particles=1,
+            num_runs=20,
         )
         found = method.run(unit).log_evidence
         assert float(found.std()) < 1e-6

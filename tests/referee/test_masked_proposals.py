@@ -302,5 +302,5 @@ def test_rewards_of_the_wrong_kind_are_refused(reward, match):
 
 
 def test_no_candidates_are_refused():
-    with pytest.raises(ValueError, match="num_candidates must be at least 1"):
+    with pytest.raises(ValueError, match="num_candidates must be a positive integer"):
         NestedProposal(0)

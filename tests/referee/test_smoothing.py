@@ -67,7 +67,7 @@ def test_owed_weights_follow_their_particles():
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0])
 def test_shares_outside_their_range_are_refused(smoothing):
-    with pytest.raises(ValueError, match="smoothing is a share"):
+    with pytest.raises(ValueError, match="smoothing, the share that is held back"):
         method(smoothing).run()
 
 
