@@ -12,11 +12,11 @@ Observations are sharp (standard deviation 0.05), so steps are spent where littl
 First table, by problem and method, medians over images: PSNR of the posterior mean (of the best
 particle for best-of-n; grey values span 2), how often a judge that did not guide sees the true
 digit in a draw, the smallest effective sample size as a share of N, the deviation of log Z over the
-two runs, network calls and backward passes per image, seconds (of one CPU, or of waiting
-for a GPU), and peak memory in MB. Coverage: how
-often 90 % intervals hold the truth when the truth is a draw of the prior, over all unseen pixels
-and for two functionals, their mean and the judge's logit of a 3. (The truth must not choose the
-functional: the logit of what the judge sees *there* is large by choice, and fails exact inference.)
+two runs, network calls and backward passes per image, seconds (of one CPU, or of waiting for a
+GPU), and peak memory in MB. Coverage: how often 90 % intervals hold the truth when the truth is a
+draw of the prior, over all unseen pixels and for two functionals, their mean and the judge's logit
+of a 3. (The truth must not choose the functional: the logit of what the judge sees *there* is large
+by choice, and fails exact inference.)
 """
 
 import argparse
