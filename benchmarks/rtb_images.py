@@ -32,9 +32,10 @@ import pyro
 import torch
 from metrics import frechet
 from torch import Tensor, nn
-from wishes import spread
+from wishes import spread, strips
 
 from smcdiff import Posterior
+from smcdiff.averages import draw
 from smcdiff.inference import (
     SMC,
     OnPolicy,
@@ -172,10 +173,7 @@ def weighted(posterior: Posterior, number: int, networks: int = 1) -> Found:
     """As many draws by weight, from all runs together."""
     log_z = posterior.log_evidence
     logs = (posterior.log_weights.log_softmax(-1) + log_z[:, None]).flatten()
-    # systematic: nothing is drawn twice that weighs less than one draw
-    edges = logs.softmax(0).cumsum(0)
-    at = (torch.arange(number, dtype=edges.dtype) + torch.rand(())) / number
-    chosen = torch.searchsorted(edges, at).clamp(max=len(edges) - 1)
+    chosen = draw(logs, number)
     return Found(
         posterior.samples["x"].flatten(0, 1)[chosen],
         calls_of(posterior, networks),
@@ -327,15 +325,8 @@ def amortisation(rows: dict[str, dict[str, Found]], training: float) -> None:
 
 def picture(path: Path, found: dict[str, Found]) -> None:
     """Sixteen draws of each method."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((7.2, 0.62 * len(found)), layout="constrained")
-    for ax, (name, each) in zip(figure.subplots(len(found)), found.items(), strict=True):
-        shown = each.draws[:: max(1, len(each.draws) // 16)][:16]
-        ax.imshow(torch.cat(list(shown[:, 0]), -1), cmap="gray", vmin=-1, vmax=1)
-        ax.set_axis_off()
-        ax.set_title(name, loc="left", fontsize="x-small", pad=2)
-    figure.savefig(path, dpi=90)
+    rows = {name: each.draws[:: max(1, len(each.draws) // 16)][:16] for name, each in found.items()}
+    strips(path, rows, width=7.2)
 
 
 def main() -> None:

@@ -275,13 +275,21 @@ def row(number: int, name: str, found: Judged) -> str:
 
 def picture(path: Path, found: dict[str, Tensor], seed: int = 0) -> None:
     """Draws of one run, a row per method."""
+    rows = {
+        name: draws[:8, 0] if draws.shape[1] == 1 else draws[seed][:: DRAWS // 8]
+        for name, draws in found.items()
+    }
+    strips(path, rows, width=6.4)
+
+
+def strips(path: Path, rows: dict[str, Tensor], width: float) -> None:
+    """Images side by side, a named row for each set of them."""
     from matplotlib.figure import Figure
 
-    figure = Figure((6.4, 0.62 * len(found)), layout="constrained")
-    for ax, (name, draws) in zip(figure.subplots(len(found)), found.items(), strict=True):
-        shown = draws[:8, 0] if draws.shape[1] == 1 else draws[seed][:: DRAWS // 8]
-        strip = torch.cat(list(shown[:, 0]), -1)
-        ax.imshow(strip, cmap="gray", vmin=-1, vmax=1)
+    figure = Figure((width, 0.62 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), squeeze=False)[:, 0]
+    for ax, (name, images) in zip(axes, rows.items(), strict=True):
+        ax.imshow(torch.cat(list(images[:, 0]), -1), cmap="gray", vmin=-1, vmax=1)
         ax.set_axis_off()
         ax.set_title(name, loc="left", fontsize="x-small", pad=2)
     figure.savefig(path, dpi=90)

@@ -223,6 +223,9 @@ class InferenceCompilation(GuideLearner[float]):
             self.pair = pair
         return self.pair
 
+    def _plain(self, record: float) -> float:
+        return record
+
     def _record(self, saved: float) -> float:
         return saved
 

@@ -150,7 +150,7 @@ class GuideLearner(ABC, Generic[Record]):
             "about": self._about(self.pair),
             "parameters": {n: p.detach() for n, p in self.pair.parameters().items()},
             "optim": self.optim.get_state(),
-            "history": [each if isinstance(each, float) else vars(each) for each in self.history],
+            "history": [self._plain(each) for each in self.history],
             "calls": vars(self.calls),
             "data_mark": self.data_mark,
             "rng": stream_states(self.pair.model.device),
@@ -186,6 +186,10 @@ class GuideLearner(ABC, Generic[Record]):
         self.history = [self._record(each) for each in tree["history"]]
         self.calls = Calls(**tree["calls"])
         restore_streams(tree["rng"], pair.model.device)
+
+    @abstractmethod
+    def _plain(self, record: Record) -> Any:
+        """A record as numbers, to be saved."""
 
     @abstractmethod
     def _record(self, saved: Any) -> Record:

@@ -235,6 +235,9 @@ class RelativeTrajectoryBalance(GuideLearner[Update]):
     def _loss(self, record: Update) -> float:
         return record.loss
 
+    def _plain(self, record: Update) -> dict[str, Any]:
+        return vars(record)
+
     def _record(self, saved: dict[str, Any]) -> Update:
         return Update(**saved)
 

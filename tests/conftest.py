@@ -4,10 +4,12 @@
 """
 
 import os
+from collections.abc import Iterator
 
 os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib
 
 import hypothesis
+import jaxtyping
 import pyro
 import pytest
 import torch
@@ -22,3 +24,11 @@ def clean_slate() -> None:
     """Seed every random stream and forget Pyro's parameters."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
+
+
+@pytest.fixture
+def no_type_checks() -> Iterator[None]:
+    """Users have no checker of types between them and the messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

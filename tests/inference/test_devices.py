@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__)
 
 
@@ -19,3 +21,5 @@ def test_every_method_on_another_device() -> None:
         command, cwd=HERE.parents[2], env=workers, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+    if " passed" not in done.stdout:
+        pytest.skip("this version of torch cannot be taught another device")

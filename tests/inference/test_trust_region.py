@@ -2,7 +2,6 @@
 
 import math
 
-import jaxtyping
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -39,14 +38,6 @@ from ..referee.checks import BOUND, z_of_evidence, z_score
 SCHEDULE = VariancePreserving([0.2, 0.4, 0.6, 0.8])
 TABLE = torch.sin(1.0 + 2 * torch.arange(3)[:, None] + 3 * torch.arange(3)).exp()
 QUICK = Descent(steps=30, batch=64, times=2)
-
-
-@pytest.fixture
-def no_type_checks():
-    """Users have no checker of types between them and the messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def prior(size=2, **settings):

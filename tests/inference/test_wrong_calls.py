@@ -2,7 +2,6 @@
 
 import math
 
-import jaxtyping
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -64,13 +63,7 @@ from smcdiff.models import (
     lora,
 )
 
-
-@pytest.fixture(autouse=True)
-def no_type_checks():
-    """Users have no checker of types between them and the messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("no_type_checks")
 
 
 def network(x, time):

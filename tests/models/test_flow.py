@@ -495,6 +495,19 @@ def observed(prior: Process) -> Callable[[], None]:
     return program
 
 
+def single_particles(prior: Process, number: int) -> Tensor:
+    """log Z by each of so many particles alone."""
+    method = TwistedSMC(
+        observed(prior),
+        num_particles=1,
+        num_runs=number,
+        covariance="jacobian",
+        proposal="conjugate",
+        damping=0.0,
+    )
+    return method.run().log_evidence
+
+
 def answer(prior: Process) -> tuple[float, float, float]:
     """Posterior mean and variance of x_0[0], and the log-evidence, under the steps as they are."""
     mean, variance = (float(each.flatten()[0]) for each in moments(prior))
@@ -509,30 +522,14 @@ def answer(prior: Process) -> tuple[float, float, float]:
 def test_one_particle_knows_the_evidence(schedule: ContinuousSchedule, data_at: int) -> None:
     """Of a memoryless flow with the exact velocity: twist, kernel and proposal agree."""
     prior = flow(12, schedule, data_at, dim=3)
-    method = TwistedSMC(
-        observed(prior),
-        num_particles=1,
-        num_runs=10,
-        covariance="jacobian",
-        proposal="conjugate",
-        damping=0.0,
-    )
-    log_evidence = method.run().log_evidence
+    log_evidence = single_particles(prior, 10)
     assert float(log_evidence.std()) < 1e-9
     torch.testing.assert_close(float(log_evidence.mean()), answer(prior)[2], rtol=0, atol=1e-8)
 
 
 def test_euler_maruyama_is_nearly_as_good() -> None:
     prior = flow(50, method="euler")
-    method = TwistedSMC(
-        observed(prior),
-        num_particles=1,
-        num_runs=200,
-        covariance="jacobian",
-        proposal="conjugate",
-        damping=0.0,
-    )
-    log_evidence = method.run().log_evidence
+    log_evidence = single_particles(prior, 200)
     assert float(log_evidence.std()) < 0.1
     ratio = (log_evidence - answer(prior)[2]).exp()
     assert abs(float((ratio.mean() - 1) / (ratio.std() / 200**0.5))) < BOUND

@@ -2,10 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import jaxtyping
 import pyro
 import pytest
 import torch
@@ -190,14 +189,6 @@ def test_context_reaches_the_network() -> None:
 
 
 # ------------------------------------------------------------------------------------ bad input
-
-
-@pytest.fixture
-def no_type_checks() -> Iterator[None]:
-    """Users have no checker of types between them and the messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("no_type_checks")
