@@ -31,7 +31,7 @@ from torch import Tensor
 
 from smcdiff.diagnostics import ESS, FEW_ROOTS, SPREAD, Diagnosis, diagnose
 from smcdiff.inference import SMC, ParticleMethod, TwistedSMC
-from smcdiff.inference.denoised import CovarianceName
+from smcdiff.inference.linearised import CovarianceName
 from smcdiff.models import Diffusion, GaussianDenoiser, MixtureDenoiser, VariancePreserving
 from smcdiff.posterior import Posterior
 

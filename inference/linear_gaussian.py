@@ -187,6 +187,30 @@ def log_normal(
     return -0.5 * white.square().sum(-1) - log_diagonal(factor) - constant, solved
 
 
+def log_independent(
+    residual: Float64[Tensor, "particle y"], variances: Float64[Tensor, "#particle y"]
+) -> tuple[Float64[Tensor, " particle"], Float64[Tensor, "particle y"]]:
+    """The same where S = diag(variances)."""
+    solved = residual / variances
+    logs = (2 * math.pi * variances).log()
+    return -0.5 * (residual * solved + logs).sum(-1), solved
+
+
+def at_least(variance: float, matrix: Tensor) -> Tensor:
+    """The nearest symmetric matrix without smaller eigenvalues."""
+    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
+    return (vectors * values.clamp(min=variance)[..., None, :]) @ vectors.mT
+
+
+def root(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """L with L L' = matrix, and its pseudo-inverse: observations may depend on each other."""
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > 1e-12 * values[..., -1:]
+    root = torch.where(kept, values, 1.0).sqrt() * kept
+    inverse = torch.where(kept, 1 / root, 0.0)
+    return vectors * root[..., None, :], inverse[..., :, None] * vectors.mT
+
+
 def stack(values: dict[str, Tensor]) -> Float64[Tensor, "particle d"]:
     """All processes' tensors side by side, one row per particle."""
     return torch.cat([v.double().flatten(1) for v in values.values()], -1)

@@ -8,7 +8,7 @@ one vector of length d_y, all processes into one of length d.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float64
@@ -29,12 +29,48 @@ class Observations:
     Attributes:
         mean: the stacked means, tracked by autograd where the estimates are.
         residual: y - mean.
-        noise: D, with shape ``(particle or 1, y, y)``.
+        noises: D by site: covariances with shape ``(particle or 1, y, y)``, or the variances of
+            independent elements with shape ``(particle or 1, y)``.
     """
 
     mean: Float64[Tensor, "particle y"]
     residual: Float64[Tensor, "particle y"]
-    noise: Tensor
+    noises: list[Tensor]
+
+    @cached_property
+    def noise(self) -> Float64[Tensor, "#particle y y"]:
+        """D of all sites together."""
+        return block_diagonal([torch.diag_embed(n) if n.dim() == 2 else n for n in self.noises])
+
+    @cached_property
+    def variances(self) -> Float64[Tensor, "#particle y"] | None:
+        """The diagonal of D, if there is nothing else."""
+        if any(noise.dim() == 3 for noise in self.noises):
+            return None
+        rows = max(map(len, self.noises))
+        return torch.cat([noise.expand(rows, -1) for noise in self.noises], -1)
+
+
+class Separate:
+    r"""An operator whose rows have no element of x_0 in common, such as a mask or means of blocks:
+
+    .. math:: A\, \mathrm{diag}(w) A^\top \text{ is diagonal for every } w .
+
+    Hundreds of sharp observations then cost no matrices.
+    """
+
+    def __init__(self, matrix: Float64[Tensor, "1 y d"]) -> None:
+        self.matrix = matrix[0]
+        self.owner, self.squares = self.matrix.abs().argmax(0), self.matrix.square().sum(0)
+
+    @staticmethod
+    def fits(matrix: Float64[Tensor, "1 y d"]) -> bool:
+        return bool(((matrix != 0).sum(1) <= 1).all())
+
+    def weighed(self, weights: Float64[Tensor, "rows d"]) -> Float64[Tensor, "rows y"]:
+        """The diagonal of A diag(w) A', for every row w."""
+        none = weights.new_zeros(len(weights), len(self.matrix))
+        return none.index_add(1, self.owner, weights * self.squares)
 
 
 def observe(execution: Execution, sites: tuple[str, ...], batch: int) -> Observations:
@@ -47,8 +83,7 @@ def observe(execution: Execution, sites: tuple[str, ...], batch: int) -> Observa
         means.append(mean)
         residuals.append(_rows(value, execution.batch)[:batch] - mean)
         noises.append(_noise(site.fn, execution.batch, batch))
-    noise = block_diagonal(noises)
-    return Observations(torch.cat(means, -1), torch.cat(residuals, -1), noise)
+    return Observations(torch.cat(means, -1), torch.cat(residuals, -1), noises)
 
 
 def operator(
@@ -114,10 +149,10 @@ def _rows(value: Tensor, batch: int) -> Tensor:
 
 
 def _noise(fn: Distribution, rows: int, batch: int) -> Tensor:
-    """Cov[y | x_0] with shape ``(particle or 1, y, y)``."""
+    """Cov[y | x_0] with shape ``(particle or 1, y, y)``, or its diagonal if that is all."""
     covariance = getattr(fn, "covariance_matrix", None)
     if isinstance(covariance, Tensor) and covariance.shape[-1] == fn.event_shape[-1]:
         full = covariance.double()
         blocks = once(full.reshape(rows, -1, *full.shape[-2:])[:batch])
         return block_diagonal(list(blocks.unbind(1)))
-    return torch.diag_embed(once(_rows(fn.variance.expand(fn.mean.shape), rows)[:batch]))
+    return once(_rows(fn.variance.expand(fn.mean.shape), rows)[:batch])

@@ -16,9 +16,10 @@ from smcdiff.posterior import Posterior
 from smcdiff.program import Program, check_model
 from smcdiff.twist import Twist, TwistValue, View
 
-from .denoised import CovarianceName, DenoisedLikelihood
+from .denoised import DenoisedLikelihood
 from .engine import Engine, Settings
 from .guided import GuidedProposal
+from .linearised import CovarianceName
 from .proposals import FromKernel, Proposal, TwistedKernel
 from .rejuvenation import Rejuvenation
 from .resuming import check_resumable
