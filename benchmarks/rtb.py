@@ -316,7 +316,7 @@ def peak(steps: int, chunk: int | None) -> float:
     prior = Bridge(PRIOR_WEIGHTS, steps)
     process = Controlled(prior, Head(Net(steps, width=256)))
     optim = pyro.optim.Adam({"lr": 1e-3})
-    settings: dict[str, Any] = {"num_particles": 2000, "chunk": chunk}
+    settings: dict[str, Any] = {"num_particles": 2000, "chunk_steps": chunk}
     rtb = RelativeTrajectoryBalance(program(prior), lambda: process("x"), optim, **settings)
     rtb._pair((), {})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

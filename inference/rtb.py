@@ -65,9 +65,9 @@ class RelativeTrajectoryBalance(GuideLearner[Update]):
         behaviours: who draws the trajectories, in turn (None: the guide).
         num_particles: trajectories per problem and update, of all processes of ``torchrun``.
         loss: of a residual.
-        temper: the power of the likelihood by update, such as ``LinearRamp(0.1, 1.0, 500)``.
+        exponent: the power of the likelihood by update, such as ``LinearRamp(0.1, 1.0, 500)``.
         floor: the least log-likelihood that is believed (None: none, and -inf is refused).
-        chunk: hold the graph of so many steps only, in a second pass over the recorded
+        chunk_steps: hold the graph of so many steps only, in a second pass over the recorded
             trajectories: memory does not grow with T (None: one pass).
         subsample: take the gradient of so many random steps only, scaled up; the residual is that
             of all (None: all steps).
@@ -93,9 +93,9 @@ class RelativeTrajectoryBalance(GuideLearner[Update]):
         behaviours: Sequence[Behaviour] | None = None,
         num_particles: int = 64,
         loss: ResidualLoss | None = None,
-        temper: Ramp | None = None,
+        exponent: Ramp | None = None,
         floor: float | None = None,
-        chunk: int | None = None,
+        chunk_steps: int | None = None,
         subsample: int | None = None,
         max_gradient_norm: float | None = None,
         on_nonfinite: str = "raise",
@@ -107,10 +107,10 @@ class RelativeTrajectoryBalance(GuideLearner[Update]):
         for behaviour in behaviours or ():
             check_kind("a behaviour", behaviour, Behaviour, "OnPolicy()")
         check_kind("loss", loss, ResidualLoss, "ResidualLoss()", optional=True)
-        check_callable("temper", temper, "LinearRamp(0.1, 1.0, 1000)", optional=True)
+        check_callable("exponent", exponent, "LinearRamp(0.1, 1.0, 1000)", optional=True)
         self.behaviours = tuple(behaviours or (OnPolicy(),))
-        self.loss, self.temper = loss or ResidualLoss(), temper
-        self.floor, self.chunk, self.subsample = floor, chunk, subsample
+        self.loss, self.exponent = loss or ResidualLoss(), exponent
+        self.floor, self.chunk_steps, self.subsample = floor, chunk_steps, subsample
         self.on_nonfinite, self.per_problem = on_nonfinite, per_problem
         self.log_z: nn.Module | None = evidence if isinstance(evidence, nn.Module) else None
         self._arguments: tuple[Any, ...] = ()
@@ -157,12 +157,12 @@ class RelativeTrajectoryBalance(GuideLearner[Update]):
         total = self.num_particles * (pair.model.num_problems or 1)
         plan = self.behaviours[self.done % len(self.behaviours)].plan(pair, total, self.done)
         steps = self._steps(plan.begin)
-        tracked, kept = (steps, []) if self.chunk is None else ([], steps)
+        tracked, kept = (steps, []) if self.chunk_steps is None else ([], steps)
         with torch.enable_grad():
             walked = pair.walk(plan, total, tracked, kept)
         seen, own = pair.log_likelihood(walked)
         seen = seen if self.floor is None else seen.clamp(min=self.floor)
-        power = 1.0 if self.temper is None else self.temper(self.done)
+        power = 1.0 if self.exponent is None else self.exponent(self.done)
         self.calls += pair.take_calls()
         return _Batch(pair, plan, walked, steps, own + power * seen)
 
@@ -172,13 +172,13 @@ class RelativeTrajectoryBalance(GuideLearner[Update]):
         own = ranks.own(weights, len(weights))
         with torch.enable_grad():
             _descend((own * ranks.own(evidence, len(weights))).sum())
-            if self.chunk is None:
+            if self.chunk_steps is None:
                 ratio = torch.stack([walked.ratios[t] for t in batch.steps]).sum(0)
                 _descend((own * (walked.at_start + scale * ratio)).sum())
                 return
             _descend((own * batch.pair.ratios_again(walked, [], start=True)).sum())
-            for k in range(0, len(batch.steps), self.chunk):
-                steps = batch.steps[k : k + self.chunk]
+            for k in range(0, len(batch.steps), self.chunk_steps):
+                steps = batch.steps[k : k + self.chunk_steps]
                 ratio = batch.pair.ratios_again(walked, steps, start=False)
                 _descend(scale * (own * ratio).sum())
         self.calls += batch.pair.take_calls()
@@ -298,7 +298,9 @@ class RelativeTrajectoryBalance(GuideLearner[Update]):
             raise ValueError("'vargrad' compares trajectories: it needs num_particles of 2 or more")
         if self.on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite is 'raise' or 'skip', got {self.on_nonfinite!r}")
-        refuse_sizes(num_particles=self.num_particles, chunk=self.chunk, subsample=self.subsample)
+        refuse_sizes(
+            num_particles=self.num_particles, chunk_steps=self.chunk_steps, subsample=self.subsample
+        )
 
 
 def _descend(total: Tensor) -> None:

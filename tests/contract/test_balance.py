@@ -125,7 +125,7 @@ def test_two_passes_are_one(kind: str, name: str) -> None:
     gradients = []
     for chunk in (None, 1):
         torch.manual_seed(0)
-        rtb, control = balance(kind, 0.5, BEHAVIOURS[name], chunk=chunk, evidence="vargrad")
+        rtb, control = balance(kind, 0.5, BEHAVIOURS[name], chunk_steps=chunk, evidence="vargrad")
         rtb.loss_and_grads()
         assert control.gain.grad is not None
         gradients.append(control.gain.grad)

@@ -314,7 +314,7 @@ def test_latents_learn_too_and_the_evidence_lower_bound_rises():
     prior = network()
     pyro.set_rng_seed(0)
     rtb = balance(
-        with_latents(prior), guide_with_latents(prior), sgd(0.03), num_particles=64, chunk=1
+        with_latents(prior), guide_with_latents(prior), sgd(0.03), num_particles=64, chunk_steps=1
     )
     history = rtb.run(num_updates=60)
     assert set(weights_of(rtb)) > {"laws$$$z", "laws$$$m"}
@@ -478,7 +478,7 @@ def test_data_need_their_process():
 
 
 def test_ramps_temper_the_likelihood_only():
-    rtb = balance(temper=lambda update: 0.0)
+    rtb = balance(exponent=lambda update: 0.0)
     rtb.step()
     assert rtb.history[0].mean == 0.0  # the guide is at the prior, and nothing else is seen
 
@@ -627,7 +627,7 @@ def test_settings_are_checked():
         ({"evidence": "guess"}, "evidence is 'learned'"),
         ({"evidence": "vargrad", "num_particles": 1}, "compares trajectories"),
         ({"on_nonfinite": "hope"}, "on_nonfinite is"),
-        ({"chunk": 0}, "chunk must be a positive integer"),
+        ({"chunk_steps": 0}, "chunk_steps must be a positive integer"),
     ]:
         with pytest.raises(ValueError, match=message):
             balance(**wrong)
@@ -662,7 +662,7 @@ def everything(y=Y):
         pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.9}),
         behaviours=behaviours,
         subsample=1,
-        temper=LinearRamp(0.1, 1.0, 6),
+        exponent=LinearRamp(0.1, 1.0, 6),
         max_gradient_norm=1.0,
     )
 

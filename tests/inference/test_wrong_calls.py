@@ -247,7 +247,7 @@ MISTAKES = {
     "behaviours must be a Sequence": [lambda: balance(behaviours=OnPolicy())],
     "a behaviour must be a Behaviour": [lambda: balance(behaviours=[OnPolicy])],
     "loss must be a ResidualLoss": [lambda: balance(loss="huber")],
-    "temper must be a function": [lambda: balance(temper=0.5)],
+    "exponent must be a function": [lambda: balance(exponent=0.5)],
     "capacity must be a positive integer": [lambda: ReplayBuffer(0)],
     "terminals must be a ReplayBuffer or a Tensor or a Mapping": [lambda: BackAndForth([1, 2])],
     "share must be a number in": [lambda: BackAndForth(ReplayBuffer(3), 2.0)],

@@ -505,7 +505,7 @@ def test_two_passes_give_the_gradient_of_one(chunk):
             call = [lambda guide=guide: guide("x"), parameter]
             pyro.clear_param_store()
             direct, loss = gradient_of(model, *call, evidence=evidence)
-            again, same = gradient_of(model, *call, evidence=evidence, chunk=chunk)
+            again, same = gradient_of(model, *call, evidence=evidence, chunk_steps=chunk)
             assert direct.abs().max() > 0.01
             torch.testing.assert_close(again, direct, rtol=0, atol=1e-10)
             assert loss == same
@@ -517,8 +517,8 @@ def test_subsampled_steps_are_unbiased():
     guide = Controlled(prior, Affine())
     call = [lambda: guide("x"), guide.control.slope]
     for chunk in (None, 1):
-        whole, loss = gradient_of(model, *call, chunk=chunk)
-        parts = [gradient_of(model, *call, chunk=chunk, steps=[t]) for t in (1, 2, 3)]
+        whole, loss = gradient_of(model, *call, chunk_steps=chunk)
+        parts = [gradient_of(model, *call, chunk_steps=chunk, steps=[t]) for t in (1, 2, 3)]
         assert {part[1] for part in parts} == {loss}
         mean = torch.stack([part[0] for part in parts]).mean(0)
         torch.testing.assert_close(mean, whole, rtol=0, atol=1e-12)
