@@ -67,11 +67,10 @@ class Chain:
             unsure = data.covariance(zero, prior.signal(t).alpha, prior.signal(t).sigma)
             s = NOISE + a @ unsure.reshape(dim, dim) @ a
             rows.append((k, c, at_zero.law.variance[0], a * h, a @ e, s))
-        tables = [torch.stack([row[i].double() for row in rows]) for i in range(6)]
-        last = tables[3][-1], tables[4][-1], tables[5][-1]
-        y = last[1] + 1.5 * (last[2] + last[0] @ last[0]).sqrt()
-        law = dist.Normal(last[1], (last[2] + last[0] @ last[0]).sqrt())
-        return Chain(*tables, y, float(law.log_prob(y)))
+        k, c, v, h, e, s = (torch.stack([row[i].double() for row in rows]) for i in range(6))
+        law = dist.Normal(e[-1], (s[-1] + h[-1] @ h[-1]).sqrt())
+        y = law.mean + 1.5 * law.stddev
+        return Chain(k, c, v, h, e, s, y, float(law.log_prob(y)))
 
     def log_psi(self, x: Tensor, t: int) -> Tensor:
         return dist.Normal(x @ self.h[t] + self.e[t], self.s[t].sqrt()).log_prob(self.y)

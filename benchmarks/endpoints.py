@@ -25,6 +25,7 @@ from itertools import product
 
 import pyro
 import torch
+from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -129,6 +130,7 @@ def minimise(task: Task, learned: bool) -> tuple[Table, float]:
     table, size = Table(task), task.prior.vocabulary
     open_ = task.states == size
     fits = ((task.states[:, None] == task.strings) | open_[:, None]).all(-1)
+    assert isinstance(task.prior.network, MarkovDenoiser)
     prior = (task.prior.network.log_prob(task.strings) + task.reward(task.strings)).softmax(-1)
     weights = torch.where(fits, prior, 0.0)
     weights = weights / weights.sum(-1, keepdim=True)
@@ -288,7 +290,7 @@ def walked(task: Task, guide: Finetuned, rate: float, evidence: str, replay: boo
     rtb = RelativeTrajectoryBalance(
         model,
         lambda: guide("x"),
-        pyro.optim.Adam({"lr": rate}),
+        PyroOptim(torch.optim.Adam, {"lr": rate}),
         evidence=evidence,
         behaviours=behaviours,
         num_particles=32,

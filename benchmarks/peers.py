@@ -43,6 +43,7 @@ from smcdiff.models import Diffusion
 from smcdiff.models.priors import mnist_prior
 from smcdiff.restoration import DATASETS
 
+NOISE = 0.05  # of the observed pixels
 WORKER = Path(__file__).parent / "peers" / "particles_chain.py"
 HAS_AZULA = samplers.Schedule is not object
 INSTALL = (
@@ -185,7 +186,7 @@ def mixture_table(arguments: argparse.Namespace) -> None:
 
 
 def mnist_contestants(prior: Diffusion, y: Tensor, number: int) -> dict[str, Callable]:
-    task = mnist.tasks(DATASETS["mnist"], prior)[0]
+    task = mnist.tasks(DATASETS["mnist"], prior, NOISE)[0]
     options = {"num_particles": number // 2, "num_runs": 2, "proposal": "gradient"}
 
     def ours(covariance: str) -> Sampled:
@@ -193,7 +194,7 @@ def mnist_contestants(prior: Diffusion, y: Tensor, number: int) -> dict[str, Cal
 
     found: dict[str, Callable] = {"smcdiff, scalar": lambda: ours("scalar")}
     if HAS_AZULA:
-        seen = samplers.Linear(y, task.forward, mnist.NOISE, 1.0)
+        seen = samplers.Linear(y, task.forward, NOISE, 1.0)
         found["azula TDS"] = lambda: unweighted(samplers.tds(prior, seen, number), prior)
         for strength in (0.3, 1.0):
             found[f"azula DPS {strength}"] = lambda s=strength: unweighted(
@@ -210,8 +211,8 @@ def crps(x: Tensor, truth: Tensor) -> float:
 
 
 def mnist_table(arguments: argparse.Namespace) -> None:
-    prior = mnist_prior(arguments.steps)
-    task, judge = mnist.tasks(DATASETS["mnist"], prior)[0], DATASETS["mnist"].classifier("judge")
+    prior, dataset = mnist_prior(arguments.steps), DATASETS["mnist"]
+    task, judge = mnist.tasks(dataset, prior, NOISE)[0], dataset.classifier("judge")
     rows: dict[str, list[Row]] = {}
     images = zip(*mnist.real_images("mnist", arguments.images, "cpu"), strict=True)
     for number, (truth, label) in enumerate(images):
@@ -219,7 +220,7 @@ def mnist_table(arguments: argparse.Namespace) -> None:
         y = task.observe(truth)
         for name, contestant in mnist_contestants(prior, y, arguments.image_particles).items():
             (x, *calls), seconds = timed(contestant, number)
-            miss = (task.forward(x) - y).square().mean().sqrt() / mnist.NOISE
+            miss = (task.forward(x) - y).square().mean().sqrt() / NOISE
             agreed = (judge(x).argmax(-1) == label).float().mean()
             found = crps(x[..., task.unseen], truth[task.unseen]), float(miss), float(agreed)
             rows.setdefault(name, []).append(Row(found, calls, seconds))
@@ -273,7 +274,7 @@ def peak_of_one(case: str, dim: str, name: str, arguments: argparse.Namespace) -
         contestants = mixture_contestants(problem, 10, arguments.particles)
     else:
         prior = mnist_prior(4)
-        y = mnist.tasks(DATASETS["mnist"], prior)[0].observe(torch.zeros(1, 28, 28))
+        y = mnist.tasks(DATASETS["mnist"], prior, NOISE)[0].observe(torch.zeros(1, 28, 28))
         contestants = mnist_contestants(prior, y, arguments.image_particles)
     before = peak_memory()
     contestants[name]()
@@ -297,10 +298,10 @@ def main() -> None:
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    case = arguments.one[0] if arguments.one else ""
     if arguments.one:
+        case, dim, name = arguments.one
         torch.set_default_dtype(torch.float32 if case == "mnist" else torch.float64)
-        peak_of_one(*arguments.one, arguments)
+        peak_of_one(case, dim, name, arguments)
         return
     if not HAS_AZULA:
         print("azula is left out: pip install azula")

@@ -33,6 +33,7 @@ import pyro.distributions as dist
 import torch
 from metrics import sliced_wasserstein
 from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from smcdiff import Posterior, Process
@@ -315,10 +316,10 @@ def peak(steps: int, chunk: int | None) -> float:
     """Megabytes that one update of 2000 trajectories adds to the process's peak."""
     prior = Bridge(PRIOR_WEIGHTS, steps)
     process = Controlled(prior, Head(Net(steps, width=256)))
-    optim = pyro.optim.Adam({"lr": 1e-3})
+    optim = PyroOptim(torch.optim.Adam, {"lr": 1e-3})
     settings: dict[str, Any] = {"num_particles": 2000, "chunk_steps": chunk}
     rtb = RelativeTrajectoryBalance(program(prior), lambda: process("x"), optim, **settings)
-    rtb._pair((), {})
+    rtb._prepare((), {})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rtb.step()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

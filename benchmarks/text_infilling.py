@@ -28,7 +28,7 @@ from pathlib import Path
 
 import pyro
 import torch
-from pyro.optim import Adam
+from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from smcdiff import Posterior, Process
@@ -163,7 +163,7 @@ def balanced(
     """A guide that learned with about so many calls, and how many it took."""
     pyro.clear_param_store()
     guide = Controlled(task.prior, Biases(task.prior))
-    optim = Adam({"lr": 5e-3})
+    optim = PyroOptim(torch.optim.Adam, {"lr": 5e-3})
     rtb = RelativeTrajectoryBalance(
         model, lambda: guide("x", given=given), optim, num_particles=TRAJECTORIES
     )
