@@ -30,7 +30,7 @@ from smcdiff.twist import Twist, TwistValue, View
 
 from .linear_gaussian import stack
 from .linearised import CovarianceName, Linearised, Look
-from .observations import Observations, observe, stacked_levels
+from .observations import Observations, observe
 
 DAMPING = 0.5  # benchmarks/damping.py
 TINY = 1e-12  # a Gaussian to the power 0 has no finite covariance
@@ -129,10 +129,7 @@ class DenoisedLikelihood(Twist):
         signals = [view.processes[n].signal(view.t) for n in self.names]
         if damping == 0 or not signals or None in signals:
             return 1.0
-        explained = [
-            stacked_levels(view.program, self.names, view.x, view.t, field)
-            for field in ("alpha", "slope")
-        ]
+        explained = [self.gaussian.levels(view.x, view.t, field) for field in ("alpha", "slope")]
         return float((explained[0] * explained[1]).mean()) ** damping
 
     def _average(self, view: View) -> Float64[Tensor, " particle"]:
@@ -153,15 +150,12 @@ class DenoisedLikelihood(Twist):
         """d x_t / d x_{t-1} along the denoiser's level sets: turns gradients at t into t - 1."""
         if any(view.processes[n].signal(view.t) is None for n in self.names):
             return 1.0
-        after, now = (
-            stacked_levels(view.program, self.names, view.x, t, "slope")
-            for t in (view.t - 1, view.t)
-        )
+        after, now = (self.gaussian.levels(view.x, t, "slope") for t in (view.t - 1, view.t))
         return torch.where(now > 0, after / now, 0.0)  # pure noise points nowhere
 
     def _in_pure_noise(self, view: View) -> bool:
         """Whether x_t says nothing about x_0: gradients in it are zero, wherever x_0 should go."""
-        alpha = stacked_levels(view.program, self.names, view.x, view.t, "alpha")
+        alpha = self.gaussian.levels(view.x, view.t, "alpha")
         return not bool(alpha.any())
 
     def _curvature(

@@ -31,11 +31,11 @@ from .linear_gaussian import (
     stack_covariances,
 )
 from .observations import (
+    Levels,
     Observations,
     Separate,
     constant_operator,
     operator,
-    stacked_levels,
 )
 
 CovarianceName = Literal["auto", "none", "scalar", "diagonal", "jacobian"]
@@ -79,7 +79,7 @@ class Linearised:
         names: tuple[str, ...],
         covariance: CovarianceName,
     ) -> None:
-        self.names = names
+        self.names, self.levels = names, Levels(program, names)
         self.operator, size = constant_operator(program, sites, names) if sites else (None, 0)
         self.closed = all(program.processes[n].closed_form for n in names)
         self.mode = covariance if sites else "none"
@@ -143,7 +143,7 @@ class Linearised:
         """The covariance of the residuals given x_t: R + K V K', where the kernel is Gaussian."""
         variance = self._kernel_covariance(view)
         if variance is not None and self.mode in ("none", "scalar") and variance.common:
-            level = stacked_levels(view.program, self.names, view.x, view.t - 1, "slope")
+            level = self.levels(view.x, view.t - 1, "slope")
             return noise + self._weighed(matrix, level**2 * variance.diagonal)
         if variance is not None:
             return noise + variance.between(slope)
@@ -163,8 +163,7 @@ class Linearised:
             levels, kept = self._levels(view, t)
             return matrix * levels[:, None, :], seen.noise + self._weighed(matrix, kept)
         alpha, sigma, spread, variance = (
-            stacked_levels(view.program, self.names, view.x, t, field)
-            for field in ("alpha", "sigma", "spread", "variance")
+            self.levels(view.x, t, field) for field in ("alpha", "sigma", "spread", "variance")
         )
         ratio, gain = variance / spread.clamp(min=1e-300), alpha / sigma**2
         closed = self._closed_form(view)
@@ -185,10 +184,7 @@ class Linearised:
 
         Both have shape ``(particle or 1, d)``.
         """
-        slope, variance = (
-            stacked_levels(view.program, self.names, view.x, t, field)[None]
-            for field in ("slope", "variance")
-        )
+        slope, variance = (self.levels(view.x, t, field)[None] for field in ("slope", "variance"))
         if self.mode == "none" or t == 0:
             return slope, torch.zeros_like(variance)
         return (slope, variance) if self.mode == "scalar" else self._diagonal(view, t)
@@ -210,9 +206,7 @@ class Linearised:
 
     def _gain(self, view: View, t: int) -> Tensor:
         """How much the signal-to-noise ratio rises from view.t to t."""
-        now, then = (
-            stacked_levels(view.program, self.names, view.x, at, "precision") for at in (view.t, t)
-        )
+        now, then = (self.levels(view.x, at, "precision") for at in (view.t, t))
         return then - now
 
     def _diagonal(self, view: View, t: int) -> tuple[Tensor, Tensor]:
@@ -222,21 +216,19 @@ class Linearised:
         covariance = self._tweedie(view, sums, torch.ones_like(sums)).clamp(min=self._least(view))
         after = covariance / (1 + self._gain(view, t) * covariance)
         alpha, sigma, spread, variance = (
-            stacked_levels(view.program, self.names, view.x, t, field)
-            for field in ("alpha", "sigma", "spread", "variance")
+            self.levels(view.x, t, field) for field in ("alpha", "sigma", "spread", "variance")
         )
         return after * alpha / sigma**2, after * variance / spread.clamp(min=1e-300)
 
     def _least(self, view: View) -> float:
         """The least variance of x_0 given x_t that a network is believed."""
-        spread = stacked_levels(view.program, self.names, view.x, view.t, "spread")
+        spread = self.levels(view.x, view.t, "spread")
         return LEAST_VARIANCE * float(spread.mean())
 
     def _tweedie(self, view: View, slopes: Tensor, rows: Tensor) -> Tensor:
         """Covariances from slopes, by sigma_t^2 / alpha_t; from the data's scale in pure noise."""
         alpha, sigma, spread = (
-            stacked_levels(view.program, self.names, view.x, view.t, field)
-            for field in ("alpha", "sigma", "spread")
+            self.levels(view.x, view.t, field) for field in ("alpha", "sigma", "spread")
         )
         return torch.where(alpha > 0, slopes * (sigma**2 / alpha), rows * spread)
 

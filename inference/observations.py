@@ -127,17 +127,22 @@ def constant_operator(
     return (matrix[:1].detach() if same else None), matrix.shape[1]
 
 
-def stacked_levels(
-    program: Program, names: tuple[str, ...], x: dict[str, Tensor], t: int, field: str
-) -> Float64[Tensor, " d"]:
-    """One field of every process's signal at t, for each of its elements."""
-    parts = {}
-    for name in names:
-        signal = program.processes[name].signal(t)
-        assert signal is not None
-        level = torch.as_tensor(getattr(signal, field), dtype=torch.float64)
-        parts[name] = level.to(x[name].device).expand(x[name][:1].shape)
-    return stack(parts)[0]
+class Levels:
+    """What the signals of processes say of each element of their states, computed once."""
+
+    def __init__(self, program: Program, names: tuple[str, ...]) -> None:
+        self.signals = {name: program.processes[name].signal for name in names}
+        self._known: dict[tuple[int, str], Float64[Tensor, " d"]] = {}
+
+    def __call__(self, x: dict[str, Tensor], t: int, field: str) -> Float64[Tensor, " d"]:
+        """One field at t, for states that are shaped as x is."""
+        if (t, field) not in self._known:
+            parts = {}
+            for name, signal in self.signals.items():
+                level = torch.as_tensor(getattr(signal(t), field), dtype=torch.float64)
+                parts[name] = level.to(x[name].device).expand(x[name][:1].shape)
+            self._known[t, field] = stack(parts)[0]
+        return self._known[t, field]
 
 
 def _tracked(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral, Real
 from typing import NamedTuple, TypeAlias
 
@@ -84,7 +85,7 @@ class Grid:
         """sigma_t / alpha_t, the noise level of x_t / alpha_t (EDM's sigma)."""
         return self.sigma / self.alpha
 
-    @property
+    @cached_property
     def log_snr(self) -> Float64[Tensor, " times"]:
         return 2 * (self.alpha.log() - self.sigma.log())
 
