@@ -49,8 +49,14 @@ def plot_escort(
 
 
 def _sizes(ax: "Axes", numbers: list[int], plain: Tensor, tempered: Tensor) -> None:
+    from matplotlib.ticker import PercentFormatter
+
     style: dict[str, Any] = {"lw": 1.3, "ms": 5}
     ax.plot(numbers, tempered, "o--", color="0.55", label="of the tempered weights", **style)
     ax.plot(numbers, plain, "o-", color="C0", label="of the sweep's own weights", **style)
-    ax.set(yscale="log", ylabel="effective\nsample size (share)")
+    least = min(float(plain.min()), float(tempered.min()))
+    ax.set(ylim=(0, 1.05), ylabel="effective\nsample size (share)")
+    if 0 < least < 0.1:
+        ax.set(yscale="log", ylim=(0.8 * least, 1.2))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.legend(frameon=False, fontsize="small")

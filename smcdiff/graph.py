@@ -74,9 +74,9 @@ def plot_graph(program: Program, *, ax: "Axes | None" = None) -> "Figure":
     """The program as a picture, from what is drawn first (top) to what is seen (bottom)."""
     graph = dependency_graph(program)
     places = layers(graph)
-    width = 1.9 * max(1, *(len(layer) for layer in places))
+    width = 2.3 * max(1, *(len(layer) for layer in places))
     if ax is None:
-        ax = new_figure(max(4.5, width), 0.9 + 1.25 * len(places)).subplots()
+        ax = new_figure(max(5.8, width), 0.9 + 1.25 * len(places)).subplots()
     boxes = {}
     for depth, layer in enumerate(places):
         for i, name in enumerate(layer):

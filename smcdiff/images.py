@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .averages import draw
-from .plots import choose, new_figure
+from .plots import choose, new_figure, which
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,8 +57,8 @@ def plot_samples(
     right.suptitle(f"{len(draws)} draws of {site}", fontsize="medium")
     row, column = divmod(int(sd.argmax()), sd.shape[1])
     figure.suptitle(
-        f"{site} is known to ± {float(sd.mean()):.2g} on average, and least at row {row}, column "
-        f"{column}: ± {float(sd.max()):.2g}"
+        f"{which(at)}{site} is known to ± {float(sd.mean()):.2g} on average, and least at row "
+        f"{row}, column {column}: ± {float(sd.max()):.2g}"
     )
     return figure
 

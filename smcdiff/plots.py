@@ -44,9 +44,9 @@ def plot_steps(
     _khats(below, posterior, at)
     size = f"of {d.num_particles} particles"
     figure.suptitle(
-        f"The effective sample size stays above {d.smallest_ess:.0%} {size}"
+        f"{which(at)}The effective sample size stays above {d.smallest_ess:.0%} {size}"
         if d.smallest_ess > ESS
-        else f"The effective sample size falls to {d.smallest_ess:.1%} {size}, at t = "
+        else f"{which(at)}The effective sample size falls to {d.smallest_ess:.1%} {size}, at t = "
         f"{d.smallest_ess_at}"
     )
     return figure
@@ -117,7 +117,7 @@ def plot_evidence(
     ax.set_ylabel("estimate of log Z")
     _time_axis(ax, times[0])
     _legend(ax)
-    title = f"log Z = {value:.2f} ± {error:.2g}"
+    title = f"{which(at)}log Z = {value:.2f} ± {error:.2g}"
     if several:
         title += (
             f": runs {'agree' if spread < 0.5 else 'disagree'}, standard deviation {spread:.2g}"
@@ -155,7 +155,8 @@ def plot_weights(
     ax.yaxis.set_major_formatter(_percent())
     _legend(ax, "lower right")
     half = min(_particles_for_half(row) for row in final)
-    ax.set_title(f"Half of the final weight lies on {half} of {final.shape[-1]} particles")
+    size = final.shape[-1]
+    ax.set_title(f"{which(at)}Half of the final weight lies on {half} of {size} particles")
     return _figure_of(ax)
 
 
@@ -204,8 +205,8 @@ def plot_genealogy(
     last = posterior.history[-1]
     effective = float(last.effective_roots[at][run])
     ax.set_title(
-        f"{len(order)} final particles descend from {int(last.num_roots[at][run])} roots "
-        f"(effective number {effective:.1f})"
+        f"{which(at)}{len(order)} final particles descend from {int(last.num_roots[at][run])} "
+        f"roots (effective number {effective:.1f})"
     )
     return _figure_of(ax)
 
@@ -244,6 +245,11 @@ def choose(posterior: "Posterior", problem: int | None) -> tuple[At, Diagnosis]:
     return (chosen.problem,), chosen
 
 
+def which(at: At) -> str:
+    """How a title begins where there are several problems."""
+    return f"Problem {at[0]}: " if at else ""
+
+
 def new_figure(width: float, height: float) -> "Figure":
     """A figure of this size in inches, closed in pyplot so that nothing shows it twice."""
     import matplotlib.pyplot as plt
@@ -277,7 +283,8 @@ def _legend(ax: "Axes", place: Literal["best", "lower right"] = "best") -> None:
 
 
 def _dots(ax: "Axes", times: list[int], values: Tensor, color: Any) -> None:
-    ax.plot(times, values, "o", color=color, ms=5, mec="white", mew=0.6, clip_on=False)
+    if times:  # an empty line that is not clipped would fill the figure, on logarithmic axes
+        ax.plot(times, values, "o", color=color, ms=5, mec="white", mew=0.6, clip_on=False)
 
 
 def _threshold(ax: "Axes", value: float, text: str, color: str = ACCENT) -> None:

@@ -39,12 +39,15 @@ def title(figure) -> str:
         lambda: ex.bootstrap(num_runs=12, num_particles=40, ess_threshold=1.0, model=ex.noisy),
         ex.infer,
         ex.for_problems,
+        lambda: ex.bootstrap(ess_threshold=0.0, y=20 * ex.Y),
     ],
 )
 def test_every_plot_draws_every_posterior(name, make):
-    figure = getattr(make(), name)()
+    posterior = make()
+    figure = getattr(posterior, name)()
     figure.canvas.draw()
-    assert title(figure)
+    assert title(figure).startswith("Problem ") == (len(posterior.particles.axes) == 3)
+    assert min(ax.get_position().height for ax in figure.axes) > 0.1
     assert all(ax.get_xlabel() or ax.get_ylabel() for ax in figure.axes)
 
 
