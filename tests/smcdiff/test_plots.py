@@ -45,7 +45,7 @@ def title(figure) -> str:
 def test_every_plot_draws_every_posterior(name, make):
     posterior = make()
     figure = getattr(posterior, name)()
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert title(figure).startswith("Problem ") == (len(posterior.particles.axes) == 3)
     assert min(ax.get_position().height for ax in figure.axes) > 0.1
     assert all(ax.get_xlabel() or ax.get_ylabel() for ax in figure.axes)
