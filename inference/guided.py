@@ -15,7 +15,7 @@ from torch import Tensor
 from smcdiff.dissection import draw, placeholder
 from smcdiff.execution import Statement
 from smcdiff.laws import log_density
-from smcdiff.process import Context, Kernel, Process, Tree, is_deterministic
+from smcdiff.process import Kernel, Tree, is_deterministic
 from smcdiff.program import Program
 from smcdiff.twist import View
 
@@ -98,7 +98,7 @@ class GuidedProposal(Proposal):
         def state(statement: Statement) -> Tensor:
             name, process = statement.name, statement.process
             x = process.join(name, {m: members[m] for m in process.members(name)})
-            shared = self._shared(process, statement.context, view)
+            shared = self._shared(statement, view)
             if shared is None:
                 evaluations[name] = process.evaluate(x, view.t, **statement.context)
                 view.spend(view.batch * process.calls(view.t))
@@ -150,11 +150,13 @@ class GuidedProposal(Proposal):
             ratios += [-log_density(law, draws[n]) for n, law in guide_laws.items()]
         return Move(x, torch.stack(ratios).sum(0))
 
-    def _shared(self, process: Process, context: Context, view: View) -> Tree | None:
-        """The model's evaluation that this guide process builds on, if there is one."""
+    def _shared(self, statement: Statement, view: View) -> Tree | None:
+        """The model's evaluation, at the same sites, that this guide process builds on."""
+        process, sites = statement.process, statement.process.members(statement.name)
         for name, other in self.model.processes.items():
-            if process.extends(other, view.contexts[name], context):
-                return view.evaluations[name]
+            if other.members(name) == sites:  # a prior may be declared twice, at two states
+                if process.extends(other, view.contexts[name], statement.context):
+                    return view.evaluations[name]
         return None
 
     @staticmethod

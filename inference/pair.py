@@ -263,7 +263,8 @@ class Pair:
         model, guide = openings
         with torch.no_grad():
             p = self._kernels(self.model, t, x, model.contexts, evaluations)
-        shared = {n: (model.contexts[n], evaluation) for n, evaluation in evaluations.items()}
+        origins = [(m.members(n), m, n) for n, m in self._of(self.model)]
+        shared = {sites: (m, model.contexts[n], evaluations[n]) for sites, m, n in origins}
         own = self._evaluate(self.guide, t, x, guide.contexts, shared)
         return p, self._kernels(self.guide, t, x, guide.contexts, own)
 
@@ -278,17 +279,16 @@ class Pair:
         t: int,
         x: States,
         contexts: dict[str, Any],
-        shared: Mapping[str, tuple[Context, Tree]] | None = None,
+        shared: Mapping[tuple[str, ...], tuple[Process, Context, Tree]] | None = None,
     ) -> Tree:
-        """The networks' outputs at x_t, built on the model's where they can be."""
+        """The networks' outputs at x_t, built on the model's of the same sites if they can be."""
         evaluations = {}
         for name, process in self._of(program):
             state = process.join(name, {m: x[m] for m in process.members(name)})
             context = contexts[name]
-            for origin, (theirs, evaluation) in (shared or {}).items():
-                if process.extends(self.model.processes[origin], theirs, context):
-                    evaluations[name] = process.extend(evaluation, state, t, **context)
-                    break
+            other, theirs, evaluation = (shared or {}).get(process.members(name), (None, {}, None))
+            if other is not None and process.extends(other, theirs, context):
+                evaluations[name] = process.extend(evaluation, state, t, **context)
             else:
                 evaluations[name] = process.evaluate(state, t, **context)
                 self.calls += Calls(network=len(state) * process.calls(t))

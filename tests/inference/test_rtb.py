@@ -215,6 +215,19 @@ def test_before_learning_the_ratio_is_exactly_zero(kind):
     assert walked.log_ratio.abs().max() == 0.0
 
 
+def test_one_prior_at_two_sites_is_asked_at_two_states():
+    prior = network()
+    process = headed(prior)
+
+    def model():
+        pyro.factor("reward", (prior("a") - prior("b")).double().sum(-1))
+
+    rtb = balance(model, lambda: (process("a"), process("b")))
+    rtb.loss_and_grads()
+    walked = rtb.pair.walk(OnPolicy().plan(rtb.pair, 6, 0), 6, ())
+    assert walked.log_ratio.abs().max() == 0.0
+
+
 def test_low_rank_adapters_start_at_the_prior_and_learn():
     pytest.importorskip("peft")
     prior = image()

@@ -199,6 +199,10 @@ def in_another_order(first, second):
     return lambda: (first("b"), second("a"))
 
 
+def twice(prior):
+    return lambda: (prior("a"), prior("b"))
+
+
 def tilt(x, t, denoised):
     return torch.tensor([0.1, 0.0, 0.4, -0.2]).expand(*x.shape, 4)
 
@@ -223,6 +227,7 @@ CASES = {
         pair(process(), process(dim=2)),
         in_another_order(Controlled(process(dim=2), drift), process()),
     ),
+    "one prior twice": (pair(TWICE := process(dim=2), TWICE), twice(Controlled(TWICE, drift))),
     "two, guided by a team": (pair(process(), process(dim=2)), only(agents(), "ab")),
     "a team, guided by a team": (
         lambda: pair(*(lambda _, x=x: x for x in TEAM("ab").values()))(),
