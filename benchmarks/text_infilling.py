@@ -71,7 +71,7 @@ class Task:
         lines = windows(load_english("test"), 997)[:number]
         train = torch.cat([load_english("train", source) for source in SOURCES])
         gram = NGram(train[None], 5, len(ENGLISH))
-        return Task(text_prior(4), gram, lines, slice(29, 34), 64)
+        return Task(text_prior(4), gram, lines, slice(29, 34), 256)
 
     def given(self, string: Tensor) -> Tensor:
         given = string.clone()
