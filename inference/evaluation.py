@@ -335,3 +335,12 @@ def concatenate(parts: list[Tree]) -> Tree:
     if isinstance(parts[0], dict):
         return {k: concatenate([p[k] for p in parts]) for k in parts[0]}
     return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
+
+
+def choose(where: Tensor, left: Tree, right: Tree) -> Tree:
+    """The particles of one tree or of another, which may have more parts."""
+    if isinstance(left, dict):
+        return {name: choose(where, left[name], right[name]) for name in left}
+    if not isinstance(left, Tensor):
+        return left
+    return torch.where(where.reshape(-1, *(1,) * (left.dim() - 1)), left, right)

@@ -29,7 +29,7 @@ from smcdiff.program import Program
 from smcdiff.reveals import EvenReveal
 from smcdiff.twist import Twist, TwistValue, View
 
-from .evaluation import Evaluator
+from .evaluation import Evaluator, choose
 from .proposals import FromKernel, Move, Proposal, Start, sample_as
 
 Probabilities = dict[str, Float[Tensor, "particle *plates length token"]]
@@ -152,7 +152,7 @@ class NestedProposal(Proposal):
         for _ in range(self.num_candidates - 1):
             other, value = self._candidate(t, x, kernels, inner, own)
             total = torch.logaddexp(total, value)
-            kept = _choose(torch.rand_like(total).log() < value - total, other, kept)
+            kept = choose(torch.rand_like(total).log() < value - total, other, kept)
         mean = total - math.log(self.num_candidates)
         log_ratio = torch.where(mean.isneginf(), 0.0, mean - kept["seen"]["log_psi"])
         return Move(kept["x"], log_ratio, kept["seen"])
@@ -167,13 +167,6 @@ class NestedProposal(Proposal):
         )
         value = seen["log_psi"] if move.log_ratio is None else seen["log_psi"] + move.log_ratio
         return {"x": move.x, "seen": seen}, value
-
-
-def _choose(where: Tensor, left: Tree, right: Tree) -> Tree:
-    """The rows of one tree or of the other."""
-    if isinstance(left, dict):
-        return {name: _choose(where, left[name], right[name]) for name in left}
-    return torch.where(where.reshape(-1, *[1] * (left.dim() - 1)), left, right)
 
 
 def _logits(law: Distribution) -> Tensor:

@@ -22,7 +22,7 @@ from smcdiff.arguments import check_names, check_number, check_option, check_who
 from smcdiff.process import Tree
 from smcdiff.program import Program
 
-from .evaluation import Evaluator
+from .evaluation import Evaluator, choose
 
 
 @dataclass
@@ -98,8 +98,8 @@ class Rejuvenation:
             log_accept = looked["log_psi"] + self._log_jacobian(proposal) - before + log_ratio
             accept = torch.rand_like(log_accept).log() < log_accept
             accepted += accept.double() / self.num_moves
-            free = {n: _where(accept, proposal[n], free[n]) for n in free}
-            latents = {**latents, **{n: _where(accept, values[n], latents[n]) for n in values}}
+            free = choose(accept, proposal, free)
+            latents = {**latents, **choose(accept, values, latents)}
             cache = _take(accept, looked, cache)
         return latents, cache, accepted
 
@@ -190,17 +190,10 @@ def _total(parts: dict[str, Tensor]) -> Tensor:
     return torch.stack(rows).sum(0)
 
 
-def _where(accept: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(accept.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
-
-
 def _take(accept: Tensor, looked: Tree, cache: Tree) -> Tree:
     """The new look where a move was accepted; what it did not compute stays (it is still valid)."""
     taken = dict(cache)
-    taken["log_psi"] = _where(accept, looked["log_psi"], cache["log_psi"])
-    taken["memory"] = {
-        n: _where(accept, v, cache["memory"][n]) for n, v in looked["memory"].items()
-    }
-    twist = {n: _where(accept, v, cache["twist"][n]) for n, v in looked["twist"].items()}
-    taken["twist"] = {**cache["twist"], **twist}
+    for name in ("log_psi", "memory", "proposal"):
+        taken[name] = choose(accept, looked[name], cache[name])
+    taken["twist"] = {**cache["twist"], **choose(accept, looked["twist"], cache["twist"])}
     return taken

@@ -12,6 +12,7 @@ from smcdiff.inference import (
     IntermediateReward,
     NestedProposal,
     NoTwist,
+    Rejuvenation,
     RelaxedLikelihood,
     Tempered,
     TiltedTokens,
@@ -304,3 +305,20 @@ def test_rewards_of_the_wrong_kind_are_refused(reward, match):
 def test_no_candidates_are_refused():
     with pytest.raises(ValueError, match="num_candidates must be a positive integer"):
         NestedProposal(0)
+
+
+def test_candidates_are_looked_at_with_the_latents_as_they_have_been_moved():
+    process = independent(num_steps=3)
+
+    def program():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("reward", -(z - worth(process("x"))).square())
+
+    moves = Rejuvenation(step_size=1.0, num_moves=3)
+    method = SMC(
+        program, proposal=NestedProposal(2), twist=IntermediateReward(), rejuvenation=moves
+    )
+    posterior = method.run()
+    z, x = posterior.samples["z"], posterior.samples["x"]
+    wanted = dist.Normal(0.0, 1.0).log_prob(z) - (z - worth(x)).square()
+    torch.testing.assert_close(posterior.log_density, wanted.double(), rtol=1e-5, atol=1e-5)
