@@ -207,6 +207,13 @@ class InferenceCompilation(GuideLearner[float]):
                 f"{sorted(data)}: map arguments to those"
             )
         sites = {name: data[site] for name, site in self.data.items()}
+        absent = sorted(set(sites) - set(program._bound.arguments))
+        if absent:
+            raise ValueError(
+                f"data={self.data} names the arguments {absent}, but the model takes "
+                f"{sorted(program._bound.arguments)}: map those to sites, as in "
+                f"data={{'the_argument': {self.data[absent[0]]!r}}}"
+            )
         bound = with_arguments(program, sites)._bound
         plates = 1 + program.max_plate_nesting
         events = {name: value.dim() - plates for name, value in sites.items()}

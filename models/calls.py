@@ -42,6 +42,11 @@ def ask(network: Callable[..., Tensor], x: Tensor, time: Tensor, rows: Mapping[s
     times = time.to(dtype).to(x.device).repeat(len(x))  # with its gradient, if it has one
     try:
         out = network(x, times, **rows)
+    except (TypeError, RuntimeError) as error:
+        given = {"x": x, "time": times, **rows}
+        told = ", ".join(f"{name} {_kind(value)}" for name, value in given.items())
+        error.add_note(f"the network was called as network(x, time, **context) with {told}")
+        raise
     except IndexError as error:
         held = {n: described(v) for n, v in rows.items() if isinstance(v, Tensor)}
         raise ValueError(f"the network failed with {error}; its context was {held}") from error
@@ -52,6 +57,13 @@ def ask(network: Callable[..., Tensor], x: Tensor, time: Tensor, rows: Mapping[s
             "wrap it, as in lambda x, time: network(x, time).sample"
         )
     return out.to(torch.promote_types(out.dtype, torch.float32))
+
+
+def _kind(value: object) -> str:
+    """What an error message says about an argument of a network."""
+    if not isinstance(value, Tensor):
+        return f"= {value!r}"
+    return f"of shape {tuple(value.shape)} ({value.dtype}, {value.device})"
 
 
 def check_network(name: str, network: object, context_dims: object) -> None:

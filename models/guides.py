@@ -200,7 +200,7 @@ class Langevin(nn.Module):
         u: Tensor = self.head(x, t, denoised, **context)
         if isinstance(self.gain, nn.Module):
             return u + self.gain(x, t, denoised, **context) * clipped
-        return u + self.gain[t] * clipped
+        return u + _row(self.gain, t) * clipped
 
 
 class Preconditioned(nn.Module):
@@ -287,4 +287,14 @@ class LearnedScale(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(num_steps + 1, *shape))
 
     def forward(self, t: int) -> Tensor:
-        return torch.exp(self.bound * torch.tanh(self.log_scale[t] / self.bound))
+        return torch.exp(self.bound * torch.tanh(_row(self.log_scale, t) / self.bound))
+
+
+def _row(table: Tensor, t: int) -> Tensor:
+    """What a table with a row for t = 0, ..., T says of t."""
+    if t >= len(table):
+        raise ValueError(
+            f"this part of a guide was made with num_steps={len(table) - 1}, but the process is at "
+            f"step t = {t}: give it the process's num_steps"
+        )
+    return table[t]

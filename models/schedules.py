@@ -200,6 +200,13 @@ def _check_betas(betas: Numbers) -> Float64[Tensor, " steps"]:
             described(values),
             "From alpha-bar (with its leading 1) they are 1 - alpha_bar[1:] / alpha_bar[:-1].",
         )
+    if float(values[0]) > 0.9 and float(values[-1]) < 0.1:
+        raise wrong(
+            "betas, the noise that each step adds, small at first",
+            f"numbers that fall from {float(values[0]):.4g} to {float(values[-1]):.4g}",
+            "From alpha-bar (alphas_cumprod) with a 1 put in front they are "
+            "1 - alpha_bar[1:] / alpha_bar[:-1].",
+        )
     return values
 
 

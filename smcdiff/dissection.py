@@ -86,7 +86,9 @@ def _check_shape(site: Site, value: Tensor) -> None:
     if not fits:
         raise ValueError(
             f"site {site.name!r}: the law has event shape {event}, but the observation has shape "
-            f"{tuple(value.shape)}: give one event of shape {event} (per plate)"
+            f"{tuple(value.shape)}: give one event of shape {event} (per plate), and several "
+            "problems at once through the names of their arguments, as in SMC(..., "
+            f"per_problem=({site.name!r},))"
         )
 
 
@@ -104,9 +106,9 @@ def check_particles_apart(rerun: Rerun, together: Execution) -> None:
             if not torch.isclose(joint, single, rtol=1e-3, atol=1e-3, equal_nan=True):
                 raise ValueError(
                     f"site {name!r} mixes particles: its log-probability is {joint:.6g} when "
-                    f"{CHECKED} particles run together and {single:.6g} alone. Reduce over event "
-                    "dimensions only (as in x.mean(-1)), and declare data of several problems "
-                    "with per_problem"
+                    f"{CHECKED} particles run together and {single:.6g} alone. Index and reduce "
+                    "from the right, over event dimensions only (as in x[..., 0] or x.mean(-1)), "
+                    "and declare data of several problems with per_problem"
                 )
 
 

@@ -106,11 +106,12 @@ class Interpreter(Messenger):
         except (Refused, torch.cuda.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            what = str(error).partition(":\ntensor(")[0]  # without a page of numbers
             shape = (
                 "without a particle axis" if self.batch is None else f"on {self.batch} particles"
             )
             raise ValueError(
-                f"the program failed at or after site {self.last!r} when run {shape}: {error}. "
+                f"the program failed at or after site {self.last!r} when run {shape}: {what}. "
                 f"{_advice(error)}"
             ) from error
 
@@ -140,8 +141,8 @@ class Interpreter(Messenger):
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             named = f"process {statement.name!r}"
-            message = str(error) if str(error).startswith(named) else f"{named}: {error}"
-            raise Refused(message) from error
+            what = "; ".join([str(error), *getattr(error, "__notes__", ())])
+            raise Refused(what if what.startswith(named) else f"{named}: {what}") from error
 
     def _pyro_sample(self, msg: Any) -> None:
         self.last = msg["name"]
@@ -249,12 +250,14 @@ def _advice(error: Exception) -> str:
         )
     if "to satisfy the constraint" in str(error):
         return (
-            "Mask or clamp whatever is undefined there; -inf in a factor is the way to say "
-            "impossible"
+            "Mask or clamp whatever is undefined there (a scale must be positive: give it such a "
+            "prior); -inf in a factor is the way to say impossible"
         )
     return (
         "Under inference values have the shape (particle, *plates, *event): index from the right, "
-        "as in x[..., mask], and declare events with .to_event and plates with pyro.plate"
+        "as in x[..., mask], give a latent the dimensions of the event that it meets, as in "
+        "noise[..., None], and declare events with .to_event and plates with pyro.plate; a factor "
+        "is one number per particle"
     )
 
 

@@ -88,6 +88,9 @@ class Process(ABC):
     num_steps: int
     event_shape: Size
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of shape {tuple(self.event_shape)}, {self.num_steps} steps>"
+
     @property
     def closed_form(self) -> bool:
         """Whether :attr:`Kernel.covariance` is known."""
@@ -262,8 +265,10 @@ def context_rows(
             except RuntimeError as error:
                 raise ValueError(
                     f"context {name!r} has shape {tuple(value.shape)}, which does not fit a "
-                    f"batch of shape {tuple(batch)} with {len(own)} event dimensions: set "
-                    f"context_dims={{{name!r}: ...}}"
+                    f"batch of shape {tuple(batch)} with {len(own)} event dimensions: give one "
+                    "value for all, or one per draw (under a plate, or from a latent); if a value "
+                    f"has dimensions of its own, build the process with context_dims={{{name!r}: "
+                    "their number}"
                 ) from error
         rows[name] = value
     return rows

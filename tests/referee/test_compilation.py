@@ -276,7 +276,7 @@ def test_data_must_be_observed():
     process = prior()
     with pytest.raises(ValueError, match=r"sites \['z'\], but the model observes \['y'\]"):
         compilation(program(process), conditional(process), data=("z",)).step()
-    with pytest.raises(ValueError, match="no argument 'w' to replace"):
+    with pytest.raises(ValueError, match=r"arguments \['w'\], but the model takes \['y'\]"):
         compilation(program(process), conditional(process), data={"w": "y"}).step()
 
 
