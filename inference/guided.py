@@ -20,6 +20,7 @@ from smcdiff.program import Program
 from smcdiff.twist import View
 
 from .proposals import Move, Proposal, Start, log_ratio, sample_as
+from .streams import stream_untouched
 
 
 class GuidedProposal(Proposal):
@@ -35,7 +36,8 @@ class GuidedProposal(Proposal):
     def prepare(self, program: Program) -> None:
         """Takes the guide apart and matches its sites with the model's."""
         self.model = program
-        self.program = Program(self.guide, program.args, program.kwargs, program.per_problem)
+        room = program.max_plate_nesting
+        self.program = Program(self.guide, program.args, program.kwargs, program.per_problem, room)
         wanted, offered = _members(program), _members(self.program)
         if set(wanted) != set(offered):
             raise ValueError(
@@ -62,6 +64,23 @@ class GuidedProposal(Proposal):
                 f"latents {sorted(self.program.downstream)} of the guide depend on a process: they "
                 "are drawn before x_T, so their law may depend on data and other latents only"
             )
+        self._check_plates()
+
+    def _check_plates(self) -> None:
+        """Whatever the guide proposes lies in the plates in which the model has it."""
+        if self.program.max_plate_nesting > self.model.max_plate_nesting:
+            raise ValueError(
+                f"the guide nests {self.program.max_plate_nesting} plates and the model "
+                f"{self.model.max_plate_nesting}: declare what the guide samples in no other "
+                "plates than the model's"
+            )
+        wanted, offered = _shapes(self.model), _shapes(self.program)
+        for name, shape in offered.items():
+            if shape != wanted[name]:
+                raise ValueError(
+                    f"the guide's {name!r} has shape {shape}, plates included, and the model's "
+                    f"{wanted[name]}: declare it in the same plates"
+                )
 
     def latents(self, batch: int, problems: Tensor | None) -> tuple[dict[str, Tensor], Any]:
         with torch.no_grad():
@@ -174,6 +193,16 @@ def _members(program: Program) -> dict[str, tuple[int, ...]]:
         parts = process.split(name, torch.zeros(process.event_shape))
         shapes |= {member: tuple(part.shape) for member, part in parts.items()}
     return shapes
+
+
+@torch.no_grad()
+def _shapes(program: Program) -> dict[str, tuple[int, ...]]:
+    """The shapes of x_0 and of the latents by site, plates included."""
+    with stream_untouched():
+        values = program.execute(at_start, {}, 1).values()
+    for name, process in program.processes.items():
+        values |= process.split(name, values.pop(name))
+    return {name: tuple(value.shape[1:]) for name, value in values.items()}
 
 
 def at_start(statement: Statement) -> Tensor:

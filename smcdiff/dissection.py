@@ -75,6 +75,19 @@ def check_observations(prototype: Execution) -> None:
             )
 
 
+def check_scales(prototype: Execution) -> None:
+    """What is drawn counts as it is: no draw has a density to a power."""
+    scales = {name: statement.scale for name, statement in prototype.statements.items()}
+    scales |= {name: site.scale for name, site in prototype.sites.items() if site.latent}
+    for name, scale in scales.items():
+        if bool((torch.as_tensor(scale) != 1).any()):
+            raise ValueError(
+                f"site {name!r} is scaled by poutine.scale, but it is drawn, and its draws know of "
+                "no scale: scale what is observed, and give a law a power by a factor, such as "
+                "pyro.factor('power', (scale - 1) * law.log_prob(z))"
+            )
+
+
 def _check_shape(site: Site, value: Tensor) -> None:
     batch, event = tuple(site.fn.batch_shape), tuple(site.fn.event_shape)
     cut = value.dim() - len(event)

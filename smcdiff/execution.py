@@ -26,6 +26,7 @@ class Statement:
 
     Attributes:
         batch: the batch shape of its state, ``(particle, *plates)``.
+        scale: that of ``poutine.scale``.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Statement:
     context: dict[str, Any]
     frames: Frames
     batch: tuple[int, ...]
+    scale: Any
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,8 @@ class Interpreter(Messenger):
             raise Refused(f"two processes are called {name!r}: give each its own name")
         _refuse_conditions(process, name)
         _refuse_subsampling(name, msg["cond_indep_stack"])
-        batch = _batch_shape(msg["cond_indep_stack"])
-        statement = Statement(name, process, context, msg["cond_indep_stack"], batch)
+        frames, scale = msg["cond_indep_stack"], msg["scale"]
+        statement = Statement(name, process, context, frames, _batch_shape(frames), scale)
         self.last = name
         self.statements[name] = statement
         msg["value"] = self.states[name] = self._ask(statement)

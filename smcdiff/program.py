@@ -28,6 +28,7 @@ from .dissection import (
     check_networks_apart,
     check_observations,
     check_particles_apart,
+    check_scales,
     find_dependencies,
     stand_in,
 )
@@ -46,16 +47,20 @@ class Program:
         args, kwargs: its arguments.
         per_problem: names of arguments whose leading axis enumerates problems. A mapping gives the
             number of event dimensions of one entry where that cannot be seen from an observed site.
+        least_nesting: room for so many plates at least, as another program with the same particles
+            has them.
 
     Raises:
         ValueError: naming the site, if the callable mixes particles, subsamples its data,
-            conditions a process, names two sites alike, or has processes of unequal ``num_steps``.
+            conditions a process, scales what is drawn, names two sites alike, or has processes of
+            unequal ``num_steps``.
     """
 
     model: Callable[..., Any]
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     per_problem: Sequence[str] | Mapping[str, int] = ()
+    least_nesting: int = 0
 
     def __post_init__(self) -> None:
         check_model("model", self.model)
@@ -72,6 +77,7 @@ class Program:
         self.max_plate_nesting, self._apart = 0, False
         prototype = self._prototype()
         check_observations(prototype)
+        check_scales(prototype)
         self.processes = {s.name: s.process for s in prototype.statements.values()}
         self.num_steps = self._common_steps()
         with torch.no_grad():
@@ -198,7 +204,7 @@ class Program:
             except ValueError:
                 raise error from None
         dims = [-f.dim for frames in execution.frames() for f in frames if f.name[:8] != "smcdiff_"]
-        self.max_plate_nesting = max(dims, default=0)
+        self.max_plate_nesting = max([self.least_nesting, *dims])
         self._find_problem_axes(execution)
         if not execution.statements:
             raise ValueError(

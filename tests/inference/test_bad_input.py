@@ -408,6 +408,19 @@ def test_condition_on_a_process(site):
     refused(f"site '{site}' of process 'x' is conditioned", model)
 
 
+@pytest.mark.parametrize("name", ["x", "z"])
+def test_scaled_draws(name):
+    def model():
+        with poutine.scale(scale=2.0 if name == "x" else 1.0):
+            x = prior()("x")
+        with poutine.scale(scale=0.5 if name == "z" else 1.0):
+            z = pyro.sample("z", dist.Normal(x[..., 0], 1.0))
+        with poutine.scale(scale=0.5):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+
+    refused(f"site '{name}' is scaled by poutine.scale, but it is drawn", model)
+
+
 def test_subsampled_data():
     def model():
         x = prior()("x")
@@ -497,6 +510,21 @@ def other_latent():
 )
 def test_guide_that_does_not_match(proposed, match):
     refused(match, seen(prior()), guide=proposed)
+
+
+def in_a_plate(size):
+    def program():
+        with pyro.plate("n", size):
+            prior()("x")
+
+    return program
+
+
+def test_guide_in_other_plates_than_the_model():
+    refused("the guide nests 1 plates and the model 0", guide, guide=in_a_plate(3))
+    mismatch = r"the guide's 'x' has shape \({}, 2\), plates included, and the model's \(3, 2\)"
+    refused(mismatch.format(1), in_a_plate(3), guide=guide)
+    refused(mismatch.format(2), in_a_plate(3), guide=in_a_plate(2))
 
 
 def test_latent_of_a_guide_that_depends_on_its_process():

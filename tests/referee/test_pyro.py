@@ -141,6 +141,16 @@ def seen_by_latents(prior):
     return program
 
 
+def seen_in_a_plate(prior):
+    def program():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        x = prior("x")
+        with pyro.plate("n", 3):  # as many as particles: nothing but their places tells them apart
+            pyro.sample("y", dist.Normal(x[..., 0] + z, SCALE), obs=torch.tensor([1.0, -0.5, 0.0]))
+
+    return program
+
+
 def latents_for(prior):
     def guide():
         pyro.sample("z", dist.StudentT(4.0, 0.4, 1.5))
@@ -219,6 +229,10 @@ CASES = {
     "latents and plates": (
         seen_by_latents(process()),
         latents_for(Controlled(process(), drift)),
+    ),
+    "plates that the guide lacks": (
+        seen_in_a_plate(process()),
+        latent_beside(Controlled(process(), drift)),
     ),
     "own latents": (seen_by_latents(process()), None),
     "downstream, proposed": (downstream(process()), latent_beside(Controlled(process(), drift))),
