@@ -215,7 +215,10 @@ class Posterior:
         return predict(self._needed("predictive()"), self.particles, overrides)
 
     def summary(self) -> "Summary":
-        """A table to read: evidence, weights, verdict, and the mean and deviation of each site."""
+        """A table to read: evidence, weights, verdict, and the mean and deviation of each site.
+
+        Of whole numbers, such as classes and tokens, it has the most probable values.
+        """
         from .summary import summarise
 
         return summarise(self)

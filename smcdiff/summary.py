@@ -28,7 +28,8 @@ class Summary:
         title: the method and the size of its run.
         facts: labels and sentences on evidence, weights and verdict.
         rows: per site (or element of a small one): its name, mean, standard deviation, and the
-            Monte Carlo error of the mean.
+            Monte Carlo error of the mean; of whole numbers, such as classes and tokens, the most
+            probable values.
     """
 
     title: str
@@ -136,6 +137,8 @@ def _label_once(facts: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _rows(posterior: "Posterior", site: str) -> list[Row]:
     """One row per element of a small site, one for a large one; problem by problem."""
+    if not posterior.samples[site].is_floating_point():
+        return _discrete_rows(posterior, site)
     found = posterior.expectation(site)
     lead = len(posterior.particles.axes) - 2
     parts = found.mean, found.sd, found.standard_error
@@ -152,6 +155,34 @@ def _rows(posterior: "Posterior", site: str) -> list[Row]:
             label = name + (f"[{', '.join(map(str, index))}]" if index else "")
             rows.append((label, *(_number(part[index]) for part in (mean, sd, error))))
     return rows
+
+
+def _discrete_rows(posterior: "Posterior", site: str) -> list[Row]:
+    """The same for whole numbers, whose means say nothing: the most probable ones instead."""
+    x, weights = posterior.samples[site], posterior.weights
+    lead = len(posterior.particles.axes) - 2
+    rows: list[Row] = []
+    for at in product(*(range(n) for n in x.shape[:lead])):
+        name = site + "".join(f" (problem {p})" for p in at)
+        share, shape = weights[at].flatten(), tuple(x.shape[lead + 2 :])
+        shares = [_shares(each, share) for each in x[at].reshape(len(share), -1).T]
+        if len(shares) > SHOWN:
+            best = torch.tensor([most[0][0] for most in shares])
+            text = f"probability of the most probable value: {_range(best)}"
+            rows.append((f"{name} {shape}", text, "", ""))
+            continue
+        for index, most in zip(product(*(range(n) for n in shape)), shares, strict=True):
+            label = name + (f"[{', '.join(map(str, index))}]" if index else "")
+            text = ", ".join(f"{v}: {p:.0%}" for p, v in most[:4] if p > 0.005)
+            rows.append((label, text, "", ""))
+    return rows
+
+
+def _shares(x: Tensor, weights: Tensor) -> list[tuple[float, int]]:
+    """The probabilities of the values of one whole number, the largest first."""
+    values, which = x.unique(return_inverse=True)
+    shares = weights.new_zeros(len(values)).index_add(0, which, weights)
+    return sorted(zip(shares.tolist(), values.tolist(), strict=True), reverse=True)
 
 
 def _range(values: Tensor) -> str:

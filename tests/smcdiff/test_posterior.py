@@ -359,3 +359,15 @@ def test_best_is_the_particle_of_highest_density():
         best["x"], torch.stack([posterior.samples["x"][0, 2], posterior.samples["x"][1, 0]])
     )
     assert best["k"].tolist() == [2, 2]
+
+
+def test_whole_numbers_are_summarised_by_their_probabilities():
+    posterior = ex.by_hand()
+    x = torch.tensor([[[3], [7], [3]], [[7], [3], [7]]])
+    share = float(posterior.weights[x[..., 0] == 7].sum())
+    posterior.particles.x["x"] = x
+    assert f"x[0]  7: {share:.0%}, 3: {1 - share:.0%}\n" in f"{posterior.summary()}\n"
+    posterior.particles.x["x"] = x.expand(2, 3, 20)
+    assert f"x (20,)  probability of the most probable value: {share:.3g} to {share:.3g}" in str(
+        posterior.summary()
+    )
