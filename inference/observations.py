@@ -17,6 +17,7 @@ from torch import Tensor
 
 from smcdiff.dissection import CHECKED, stand_in
 from smcdiff.execution import Execution
+from smcdiff.laws import base_law
 from smcdiff.program import Program
 
 from .linear_gaussian import block_diagonal, once, stack
@@ -155,7 +156,7 @@ def _rows(value: Tensor, batch: int) -> Tensor:
 
 def _noise(fn: Distribution, rows: int, batch: int) -> Tensor:
     """Cov[y | x_0] with shape ``(particle or 1, y, y)``, or its diagonal if that is all."""
-    covariance = getattr(fn, "covariance_matrix", None)
+    covariance = getattr(base_law(fn), "covariance_matrix", None)
     if isinstance(covariance, Tensor) and covariance.shape[-1] == fn.event_shape[-1]:
         full = covariance.double()
         blocks = once(full.reshape(rows, -1, *full.shape[-2:])[:batch])

@@ -252,6 +252,11 @@ def together(x, y):
     pyro.sample("y", dist.MultivariateNormal(x @ OPERATOR.T, NOISE), obs=y)
 
 
+def one_event(x, y):
+    law = dist.MultivariateNormal((x @ OPERATOR.T)[..., None, :], NOISE)
+    pyro.sample("y", law.to_event(1), obs=y[..., None, :])
+
+
 def apart(x, y):
     scale = NOISE.diagonal().sqrt()
     mean = x @ OPERATOR.T
@@ -260,13 +265,13 @@ def apart(x, y):
 
 
 @pytest.mark.parametrize("exact_start", [True, False])
-@pytest.mark.parametrize("site", [together, apart])
+@pytest.mark.parametrize("site", [together, one_event, apart])
 def test_correlated_dimensions_and_several_observations(site, exact_start):
     prior = wide_chain(exact_start)
     levels = alphas()
     steps = [exact_kernel(WIDE, levels[t - 1], levels[t]) for t in range(5, 0, -1)]
     terminal = WIDE if exact_start else propagate(normal([0.0] * 3, torch.eye(3).tolist()), steps)
-    noise = NOISE if site is together else NOISE.diagonal().diag()
+    noise = NOISE.diagonal().diag() if site is apart else NOISE
     posterior, truth = observed(terminal, OPERATOR, noise, Y[0])
 
     def model(y):
