@@ -113,7 +113,23 @@ def compilation(**settings):
     return InferenceCompilation(model, lambda y: PRIOR("x"), optim, **settings)
 
 
+def unfit(noise):
+    """The noise of a particle is no noise of an element."""
+    pyro.sample("y", dist.Normal(PRIOR("x"), noise()).to_event(1), obs=torch.zeros(2))
+
+
 MISTAKES = {
+    # --- programs
+    r"as in noise\[..., None\]": [
+        lambda: SMC(lambda: unfit(lambda: pyro.sample("noise", dist.HalfNormal(1.0)))).run()
+    ],
+    "found invalid values. Mask or clamp .* .a scale must be positive": [
+        lambda: SMC(lambda: unfit(lambda: torch.tensor(-1.0))).run()
+    ],
+    r"several problems at once .* per_problem=\('y',\)": [lambda: smc().run(torch.zeros(5, 2))],
+    r"positional argument.*; the network was called .* with x of shape \(1, 2\)": [
+        lambda: SMC(lambda: Diffusion(lambda x: x, VariancePreserving(), (2,), 2)("x")).run()
+    ],
     # --- inference
     r"twist must be a Twist, such as IntermediateReward\(\)": [
         lambda: smc(twist=IntermediateReward),
@@ -347,6 +363,9 @@ MISTAKES = {
     ],
     "rank must be a positive integer": [lambda: lora(0), lambda: ResidualTwist(rank=1.5)],
     "bound must be a number above 0": [lambda: LearnedScale(3, bound=-1.0)],
+    "made with num_steps=1, but the process is at step t = 2": [
+        lambda: Controlled(PRIOR, lambda x, t, denoised: 0 * x, scale=LearnedScale(1))("x")
+    ],
     "event_dim must be a positive integer": [lambda: Head(nn.Linear(2, 2), event_dim=-1)],
 }
 

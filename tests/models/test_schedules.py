@@ -446,6 +446,10 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "beta of 0": (lambda: VariancePreserving([0.0]), "above 0 and below 1"),
     "NaN beta": (lambda: VariancePreserving([math.nan]), "above 0 and below 1"),
     "no betas": (lambda: VariancePreserving([]), r"above 0 and below 1.*shape \(0,\)"),
+    "alpha-bars as betas": (
+        lambda: VariancePreserving(torch.linspace(0.9999, 0.0001, 10)),
+        "small at first.*fall from 0.9999 to 0.0001.*From alpha-bar",
+    ),
     "betas in a matrix": (lambda: VariancePreserving(torch.full((2, 2), 0.1)), r"shape \(2, 2\)"),
     "offset": (lambda: Cosine(offset=0.0), "positive, finite offset; got 0.0"),
     "log-SNR rises": (lambda: LogSNR(-20.0, 9.0), "start > end.*try LogSNR"),
