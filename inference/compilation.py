@@ -176,6 +176,8 @@ class InferenceCompilation(GuideLearner[float]):
         if self.subsample is not None and self.subsample < len(times):
             times = (torch.randperm(len(times))[: self.subsample] + 1).tolist()
         start = self.simulated.ratios_again(walked, [], start=True)
+        if self.simulated.guide.latents:
+            start = start - self.simulated.log_likelihood(walked)[1]  # log p of them
         ratio = self.simulated.ratios_again(walked, times, start=False)
         self.calls += self.simulated.take_calls()
         return start + self.simulated.num_steps / len(times) * ratio

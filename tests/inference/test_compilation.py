@@ -78,6 +78,19 @@ def compilation(mean=0.4, seed=3, **options):
     )
 
 
+def test_a_guide_that_is_the_prior_costs_nothing():
+    prior = chain()
+    process = Controlled(prior, Affine(), reads=("y",))
+
+    def guide(y=Y, noise=0.5):
+        pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        process("x", y=y)
+
+    optim = pyro.optim.Adam({"lr": 0.0})
+    learner = InferenceCompilation(program(prior), guide, optim, num_paths=9, num_particles=9)
+    assert learner.step(Y) == 0.0
+
+
 def weights_of(learner):
     return {name: p.detach().clone() for name, p in learner.pair.parameters().items()}
 
