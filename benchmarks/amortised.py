@@ -374,7 +374,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=50)
     parser.add_argument("--particles", type=int, default=128, help="in each of four runs")
     parser.add_argument("--paths", type=int, default=16_384, help="that are simulated")
-    parser.add_argument("--updates", type=int, default=1500, help="on simulated paths")
+    parser.add_argument("--updates", type=int, default=3000, help="on simulated paths")
     parser.add_argument("--rate", type=float, default=2e-3, help="of learning, at first")
     parser.add_argument("--balance", type=int, default=60, help="updates on the guide's own paths")
     parser.add_argument("--width", type=int, default=32)

@@ -19,7 +19,7 @@ from smcdiff.process import Kernel, Tree, is_deterministic
 from smcdiff.program import Program
 from smcdiff.twist import View
 
-from .proposals import Move, Proposal, Start, log_ratio, sample_as
+from .proposals import Move, Proposal, Start, log_ratio, mismatched, sample_as
 from .streams import stream_untouched
 
 
@@ -159,14 +159,18 @@ class GuidedProposal(Proposal):
         for name, law in model_laws.items():
             if is_deterministic(law):  # a point is the model's own, wherever the guide would put it
                 x[name] = law.mean.to(x[name].dtype).expand_as(x[name])
-        laws = (*model_laws.values(), *guide_laws.values())
-        if set(model_laws) == set(guide_laws):
-            ratios = [log_ratio(law, guide_laws[n], x[n]) for n, law in model_laws.items()]
-        elif all(is_deterministic(law) for law in laws):
-            ratios = [log_ratio(law, law, x[n]) for n, law in model_laws.items()]
+        alike = [n for n in model_laws if n in guide_laws]
+        ratios = [log_ratio(model_laws[n], guide_laws[n], x[n]) for n in alike]
+        ours = {n: law for n, law in model_laws.items() if n not in alike}  # a Team's, perhaps
+        theirs = {n: law for n, law in guide_laws.items() if n not in alike}
+        points = [is_deterministic(law) for law in (*ours.values(), *theirs.values())]
+        if all(points):
+            ratios += [log_ratio(law, law, x[n]) for n, law in ours.items()]
+        elif any(points):
+            raise mismatched()
         else:
-            ratios = [log_density(law, x[n]) for n, law in model_laws.items()]
-            ratios += [-log_density(law, draws[n]) for n, law in guide_laws.items()]
+            ratios += [log_density(law, x[n]) for n, law in ours.items()]
+            ratios += [-log_density(law, draws[n]) for n, law in theirs.items()]
         return Move(x, torch.stack(ratios).sum(0))
 
     def _shared(self, statement: Statement, view: View) -> Tree | None:

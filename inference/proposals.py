@@ -209,8 +209,13 @@ def log_ratio(law: Distribution, proposal: Distribution, x: Tensor) -> Tensor:
     if is_deterministic(law) or is_deterministic(proposal):
         if is_deterministic(law) and is_deterministic(proposal):
             return torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
-        raise ValueError(
-            "one of kernel and proposal has no variance at this step and the other has: densities "
-            "cannot be compared. Give both the same variance (eta, variance=)"
-        )
+        raise mismatched()
     return log_density(law, x) - log_density(proposal, x)
+
+
+def mismatched() -> ValueError:
+    """What to say where a point meets a density."""
+    return ValueError(
+        "one of kernel and proposal has no variance at this step and the other has: densities "
+        "cannot be compared. Give both the same variance (eta, variance=)"
+    )

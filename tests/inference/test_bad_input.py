@@ -512,6 +512,19 @@ def test_guide_that_does_not_match(proposed, match):
     refused(match, seen(prior()), guide=proposed)
 
 
+def test_points_and_densities_beside_a_team():
+    """A guide's team is compared as a whole, and what stands beside it by itself."""
+    noisy = prior(variance="large")
+
+    def model():
+        noisy("a"), noisy("b"), prior(eta=0.0)("c")
+
+    def joint():
+        Team({"a": noisy, "b": noisy})("ab"), noisy("c")
+
+    refused("one of kernel and proposal has no variance", model, guide=joint)
+
+
 def in_a_plate(size):
     def program():
         with pyro.plate("n", size):
