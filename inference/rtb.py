@@ -29,7 +29,7 @@ from smcdiff.particles import map_tree
 from smcdiff.weights import effective_sample_size
 
 from . import ranks
-from .behaviours import Behaviour, OnPolicy, Ramp
+from .behaviours import BackAndForth, Behaviour, Noised, OnPolicy, Ramp
 from .guide_learner import GuideLearner, numbered, refuse_sizes, shapes
 from .learned_evidence import LogZ, log_z_of
 from .pair import Pair
@@ -296,6 +296,12 @@ class RelativeTrajectoryBalance(GuideLearner[Update]):
             raise ValueError(f"evidence is 'learned', 'vargrad' or a module, got {self.evidence!r}")
         if self.evidence == "vargrad" and self.num_particles < 2:
             raise ValueError("'vargrad' compares trajectories: it needs num_particles of 2 or more")
+        given = [type(b).__name__ for b in self.behaviours if isinstance(b, Noised | BackAndForth)]
+        if self.loss.importance and given:
+            raise ValueError(
+                f"importance={self.loss.importance} weighs trajectories by the law that drew them, "
+                f"and nobody knows that of x_0 in {given}: leave importance at 0 there"
+            )
         if self.on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite is 'raise' or 'skip', got {self.on_nonfinite!r}")
         refuse_sizes(

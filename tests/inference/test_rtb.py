@@ -644,6 +644,9 @@ def test_settings_are_checked():
     ]:
         with pytest.raises(ValueError, match=message):
             balance(**wrong)
+    buffered, weighed = [Noised(torch.zeros(3, 2))], ResidualLoss(importance=1.0)
+    with pytest.raises(ValueError, match="nobody knows that of x_0 in ..Noised"):
+        balance(behaviours=buffered, loss=weighed)
     with pytest.raises(ValueError, match="in pairs"):
         balance(behaviours=[BackAndForth(torch.zeros(3, 2))], num_particles=3).step()
     with pytest.raises(ValueError, match="no number log Z"):
