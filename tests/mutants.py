@@ -174,13 +174,20 @@ MUTANTS = (
     ),
     moves(
         "log psi of the new latents",
-        'taken["log_psi"] = _where(accept, looked["log_psi"], cache["log_psi"])',
-        'taken["log_psi"] = cache["log_psi"]',
+        'for name in ("log_psi", "memory", "proposal"):',
+        'for name in ("memory", "proposal"):',
         WALK,
     ),
     moves(
+        "what the proposal has seen of the new latents",
+        'for name in ("log_psi", "memory", "proposal"):',
+        'for name in ("log_psi", "memory"):',
+        "test_masked_proposals.py::"
+        "test_candidates_are_looked_at_with_the_latents_as_they_have_been_moved",
+    ),
+    moves(
         "the twist's tensors of the new latents",
-        'taken["twist"] = {**cache["twist"], **twist}',
+        'taken["twist"] = {**cache["twist"], **choose(accept, looked["twist"], cache["twist"])}',
         'taken["twist"] = cache["twist"]',
         WALK,
     ),
