@@ -206,9 +206,9 @@ def root(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """L with L L' = matrix, and its pseudo-inverse: observations may depend on each other."""
     values, vectors = torch.linalg.eigh(matrix)
     kept = values > 1e-12 * values[..., -1:]
-    root = torch.where(kept, values, 1.0).sqrt() * kept
-    inverse = torch.where(kept, 1 / root, 0.0)
-    return vectors * root[..., None, :], inverse[..., :, None] * vectors.mT
+    scale = torch.where(kept, values, 1.0).sqrt() * kept
+    inverse = torch.where(kept, 1 / scale, 0.0)
+    return vectors * scale[..., None, :], inverse[..., :, None] * vectors.mT
 
 
 def stack(values: dict[str, Tensor]) -> Float64[Tensor, "particle d"]:

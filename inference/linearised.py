@@ -30,13 +30,7 @@ from .linear_gaussian import (
     stack,
     stack_covariances,
 )
-from .observations import (
-    Levels,
-    Observations,
-    Separate,
-    constant_operator,
-    operator,
-)
+from .observations import Levels, Observations, Separate, constant_operator, operator
 
 CovarianceName = Literal["auto", "none", "scalar", "diagonal", "jacobian"]
 FEW_OBSERVATIONS = 4  # up to here a backward pass per observation is worth its price
