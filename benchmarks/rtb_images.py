@@ -1,14 +1,16 @@
 r"""One guide for twelve wishes: a digit, an even one or an odd one, under a frozen prior of images.
 
     python benchmarks/rtb_images.py                   # 8x8 digits: minutes
-    python benchmarks/rtb_images.py --dataset mnist   # an hour and a half
+    python benchmarks/rtb_images.py --dataset mnist   # an hour
     python benchmarks/rtb_images.py --save guide.pt   # and --load guide.pt: without learning again
 
 The reward of an image is what a classifier thinks of the likeliest digit of the wish,
-log r = max log p(digit | x) (Venkatraman et al. 2024, section 3.2). A guide that reads the wish, a
-small network beside the prior's and the gradient of log r, learns all twelve posteriors at once by
-relative trajectory balance. Every rival gets for one posterior what RTB has cost for it: a twelfth
-of the learning, and the draws; DPS and LGD-MC, which have no use for more, get their draws.
+log r = max log p(digit | x) (Venkatraman et al. 2024, section 3.2). The guide climbs a potential
+V(x_t, t, wish), a small network beside the prior's. It learns log E[r(x_0) | x_t] of all wishes
+first, by logistic regression of the rewards of draws on those draws with noise; and then, with the
+scales of its gradients, all twelve posteriors by relative trajectory balance. Every rival gets for
+one posterior what it has cost for it: a twelfth of the learning, and the draws; DPS and LGD-MC,
+which have no use for more, get their draws.
 
 DPS and LGD-MC are the look-ahead of `TwistedSMC` without weights, at a point and at eight draws of
 x_0. "Own label" is the prior with the label that it was trained with: what supervision achieves.
@@ -16,10 +18,12 @@ Printed for each set of draws are the reward in the eyes of the guiding classifi
 another one, the judge, agrees, the squared Frechet distance from real images of the wish in the
 judge's eyes beside that of as many other real images, and the mean distance of two draws there as a
 share of that of real images; the effective number of independent draws, log Z (± its deviation over
-four runs), and the calls of all networks, backward passes included.
+four runs), and the calls of all networks, backward passes included. A call of the potential counts
+as the share of a call of the prior that its floating-point operations are.
 """
 
 import argparse
+import itertools
 import math
 import statistics
 import time
@@ -32,6 +36,8 @@ import pyro
 import torch
 from metrics import frechet
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 from wishes import spread, strips
 
 from smcdiff import Posterior
@@ -46,10 +52,10 @@ from smcdiff.inference import (
     TrustRegionTwistedSMC,
     TwistedSMC,
 )
-from smcdiff.models import Controlled, Diffusion, Head, Langevin, LearnedScale, Preconditioned
+from smcdiff.models import Controlled, Diffusion, LearnedScale, Potential
 from smcdiff.models.digits import load_digits_split
 from smcdiff.models.mnist import load_mnist
-from smcdiff.models.networks import ResidualMLP, UNet
+from smcdiff.models.networks import Conditioning
 from smcdiff.restoration import DATASETS
 
 WISHES = {str(digit): [digit] for digit in range(10)}
@@ -69,23 +75,41 @@ def log_reward(classifier: nn.Module, x: Tensor, wish: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- learning
 
 
-def own_network(side: int, time_scale: float) -> nn.Module:
-    """What the guide adds to the prior: it sees x_t and the estimate of x_0 as two channels."""
-    settings: Any = {"num_classes": len(WISHES), "time_scale": time_scale}
-    if side == 8:
-        return ResidualMLP(2 * side**2, 256, 2, **settings)
-    return UNet(2, (16, 32), patch=2, heads=0, **settings)
+class Scores(nn.Module):
+    """Logits of the wishes that a noisy image will fulfil, with layers modulated by the time."""
 
-
-class Gain(nn.Module):
-    """How far to follow the gradient, by step and wish."""
-
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, side: int, num_steps: int, width: int = 32) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.zeros(num_steps + 1, len(WISHES)))
+        self.condition = Conditioning(64, time_scale=1000 / num_steps)
+        widths = (1, width, 2 * width, 4 * width)
+        if side == 8:
+            widths = (1, 2 * width, 4 * width)
+        pairs = list(itertools.pairwise(widths))
+        self.layers = nn.ModuleList(nn.Conv2d(i, o, 5, stride=2, padding=2) for i, o in pairs)
+        self.norms = nn.ModuleList(nn.GroupNorm(8, o) for _, o in pairs)
+        self.modulations = nn.ModuleList(nn.Linear(64, 2 * o) for _, o in pairs)
+        side = math.ceil(side / 2 ** len(pairs))
+        self.hidden = nn.Linear(widths[-1] * side**2, widths[-1])
+        self.last = nn.Linear(widths[-1], len(WISHES))
 
-    def forward(self, x: Tensor, t: int, denoised: Tensor, wish: Tensor) -> Tensor:
-        return self.table[t, wish][..., None, None, None]
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        vector = self.condition(time)
+        for layer, norm, modulation in zip(self.layers, self.norms, self.modulations, strict=True):
+            scale, shift = modulation(vector)[..., None, None].chunk(2, dim=1)
+            x = functional.silu(norm(layer(x)) * (1 + scale) + shift)
+        logits: Tensor = self.last(functional.silu(self.hidden(x.flatten(1))))
+        return logits
+
+
+class LogExpectedReward(nn.Module):
+    """V(x_t, t, wish)."""
+
+    def __init__(self, scores: Scores) -> None:
+        super().__init__()
+        self.scores = scores
+
+    def forward(self, x: Tensor, time: Tensor, wish: Tensor) -> Tensor:
+        return functional.logsigmoid(self.scores(x, time)).gather(-1, wish[:, None])
 
 
 @dataclass
@@ -97,14 +121,21 @@ class Setting:
     judge: nn.Module
 
     def __post_init__(self) -> None:
-        steps = self.prior.num_steps
-        network = own_network(self.prior.event_shape[-1], 1000 / steps)
-        head = Head(network, event_dim=3, label="wish")
-        gain = Gain(steps)
-        ahead = Langevin(head, self.reward, steps, clip=10.0, reads=("wish",), gain=gain)
-        control, scale = Preconditioned(ahead, self.prior), LearnedScale(steps)
-        self.controlled = Controlled(self.prior, control, scale=scale, reads=("wish",))
-        self.parts = nn.ModuleDict({"control": control, "scale": scale})
+        self.scores = Scores(self.prior.event_shape[-1], self.prior.num_steps)
+        potential = Potential(LogExpectedReward(self.scores), self.prior, label="wish")
+        scale = LearnedScale(self.prior.num_steps)
+        self.controlled = Controlled(self.prior, potential, scale=scale, reads=("wish",))
+        self.parts = nn.ModuleDict({"control": potential, "scale": scale})
+
+    def share(self) -> float:
+        """The operations of one call of the potential, as a share of those of the prior."""
+        x, time = torch.zeros(8, *self.prior.event_shape), torch.ones(8)
+        counts = []
+        for network in (self.scores, self.prior.network):
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                network(x, time)
+            counts.append(counter.get_total_flops())
+        return counts[0] / counts[1]
 
     def reward(self, x: Tensor, wish: Tensor) -> Tensor:
         return log_reward(self.classifier, x, wish)
@@ -119,17 +150,54 @@ class Setting:
         self.prior("x", label=wish)
 
 
+def regress(setting: Setting, draws: int, updates: int) -> float:
+    """V from rewards of the prior's draws, which are noised anew each time; returns its calls."""
+    prior, rows = setting.prior, 512
+    with torch.no_grad(), pyro.plate("draws", rows):
+        x_0 = torch.cat([prior("x") for _ in range(draws // rows)])
+        wishes = torch.arange(len(WISHES))
+        rewards = torch.stack([setting.reward(x_0, wish) for wish in wishes], -1).exp()
+    optimiser = torch.optim.AdamW(setting.scores.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=updates)
+    losses: list[float] = []
+    for update in range(updates):
+        chosen = torch.randint(len(x_0), (rows,))
+        times = torch.randint(prior.num_steps, (rows,)) + 1
+        x = noised(prior, x_0[chosen], times)
+        logits = setting.scores(x, times.float())
+        loss = functional.binary_cross_entropy_with_logits(logits, rewards[chosen])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+        if (update + 1) % max(1, updates // 4) == 0:
+            entropy = statistics.mean(losses[-(updates // 4) :])
+            print(f"{update + 1} updates: cross entropy per wish {entropy:.4f}", flush=True)
+    return draws * prior.num_steps + 2 * setting.share() * rows * updates
+
+
+def noised(prior: Diffusion, x_0: Tensor, times: Tensor) -> Tensor:
+    """x_t given x_0, for times of its own in every row."""
+    signals = [prior.signal(int(t)) for t in times]
+    alpha, sigma = (
+        torch.tensor([float(getattr(each, name)) for each in signals])[:, None, None, None]
+        for name in ("alpha", "sigma")
+    )
+    return alpha * x_0 + sigma * torch.randn_like(x_0)
+
+
 def rates(updates: int) -> pyro.optim.PyroOptim:
-    """Adam, down to a fiftieth of its rate; numbers learn faster than networks."""
+    """Adam, down to a fiftieth of its rate; scales learn faster than networks."""
 
     def settings(name: str) -> dict[str, float]:
         few = "gain" in name or "scale" in name
-        return {"lr": 5e-2 if few else 2e-3, "lrd": 0.02 ** (1 / updates), "clip_norm": 1e9}
+        return {"lr": 5e-3 if few else 1e-4, "lrd": 0.02 ** (1 / updates), "clip_norm": 1e9}
 
     return pyro.optim.ClippedAdam(settings)
 
 
-def learn(setting: Setting, updates: int) -> int:
+def balance(setting: Setting, updates: int) -> float:
     """Half of the updates on the guide's own paths, half on the prior's; returns its calls."""
     rtb = RelativeTrajectoryBalance(
         setting.model,
@@ -144,11 +212,12 @@ def learn(setting: Setting, updates: int) -> int:
     )
     for update in range(updates):
         rtb.step(torch.randint(len(WISHES), (PROBLEMS,)))
-        if (update + 1) % max(1, updates // 8) == 0:
-            bound = statistics.mean(u.mean for u in rtb.history[-update // 8 :: 2])
+        if (update + 1) % max(2, updates // 8) == 0:
+            bound = statistics.mean(u.mean for u in rtb.history[-(updates // 8) :: 2])
             print(f"{update + 1} updates: evidence lower bound {bound:.2f}", flush=True)
-    # the guide's own network is asked as often as the prior's, and has backward passes
-    return 2 * rtb.calls.network + setting.prior.num_steps * PROBLEMS * PATHS * updates
+    # the potential has a gradient, and backward passes of both
+    asked = setting.prior.num_steps * PROBLEMS * PATHS * updates
+    return rtb.calls.network + 4 * setting.share() * asked
 
 
 # ---------------------------------------------------------------------------------- the contestants
@@ -165,11 +234,11 @@ class Found:
     deviation: float = math.nan
 
 
-def calls_of(posterior: Posterior, networks: int = 1) -> int:
+def calls_of(posterior: Posterior, networks: float = 1) -> float:
     return networks * posterior.num_network_calls + posterior.num_gradient_calls
 
 
-def weighted(posterior: Posterior, number: int, networks: int = 1) -> Found:
+def weighted(posterior: Posterior, number: int, networks: float = 1) -> Found:
     """As many draws by weight, from all runs together."""
     log_z = posterior.log_evidence
     logs = (posterior.log_weights.log_softmax(-1) + log_z[:, None]).flatten()
@@ -183,7 +252,7 @@ def weighted(posterior: Posterior, number: int, networks: int = 1) -> Found:
     )
 
 
-def unweighted(posterior: Posterior, number: int, networks: int = 1) -> Found:
+def unweighted(posterior: Posterior, number: int, networks: float = 1) -> Found:
     return Found(posterior.samples["x"].flatten(0, 1)[:number], calls_of(posterior, networks))
 
 
@@ -194,9 +263,10 @@ def contestants(
     model, steps = setting.model, setting.prior.num_steps
     apart: Any = {"ess_threshold": 0.0, "num_runs": RUNS, "chunk_size": 256}
     guided = SMC(model, guide=setting.guide, num_particles=number // RUNS, **apart).run(wish)
-    yield "RTB, as drawn", unweighted(guided, number, networks=2)
-    yield "RTB, corrected", weighted(guided, number, networks=2)
-    budget = share + calls_of(guided, networks=2)
+    both = 1 + 2 * setting.share()  # the prior's network, and the potential with its gradient
+    yield "RTB, as drawn", unweighted(guided, number, both)
+    yield "RTB, corrected", weighted(guided, number, both)
+    budget = share + calls_of(guided, both)
 
     groups = max(1, round(budget / steps / number))
     best = SMC(model, num_particles=groups, ess_threshold=0.0, num_runs=number, chunk_size=256)
@@ -333,7 +403,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--dataset", choices=DATASETS, default="digits")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--updates", type=int, default=400)
+    parser.add_argument("--simulations", type=int, default=8192, help="draws to regress on")
+    parser.add_argument("--regression", type=int, default=3000, help="updates of it")
+    parser.add_argument("--updates", type=int, default=400, help="by trajectory balance")
     parser.add_argument("--draws", type=int, default=256, help="from each posterior")
     parser.add_argument("--wishes", nargs="+", choices=WISHES, default=["3", "7", "even", "odd"])
     parser.add_argument("--save", type=Path, help="the guide, once it has learned")
@@ -350,10 +422,11 @@ def main() -> None:
         calls = stored["calls"]
         setting.parts.load_state_dict(stored["parts"])
     else:
-        calls = learn(setting, arguments.updates)
+        calls = regress(setting, arguments.simulations, arguments.regression)
+        calls += balance(setting, arguments.updates)
     if arguments.save is not None:
         torch.save({"calls": calls, "parts": setting.parts.state_dict()}, arguments.save)
-    print(f"Learning: {time.process_time() - start:.0f} s of CPU, {calls} calls", flush=True)
+    print(f"Learning: {time.process_time() - start:.0f} s of CPU, {calls:.0f} calls", flush=True)
     rows = judge_all(setting, arguments, calls / len(WISHES))
     amortisation(rows, calls)
     if arguments.picture is not None:

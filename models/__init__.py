@@ -13,11 +13,12 @@ from .continuous import (
     VarianceExploding,
 )
 from .controlled import Controlled
+from .controls import Head, Langevin, Potential, Preconditioned
 from .denoisers import Denoiser, EnumeratedDenoiser, GaussianDenoiser, MixtureDenoiser
 from .diffusion import Diffusion
 from .flow import Flow
 from .grids import Grid, Schedule
-from .guides import Finetuned, Head, Langevin, LearnedScale, LearnedStart, Preconditioned, lora
+from .guides import Finetuned, LearnedScale, LearnedStart, lora
 from .markov import MarkovDenoiser
 from .masked import MaskedDiffusion
 from .priors import digit_prior, mnist_prior, name_prior, text_prior
@@ -54,6 +55,7 @@ __all__ = [
     "MaskedDiffusion",
     "MixtureDenoiser",
     "OrnsteinUhlenbeck",
+    "Potential",
     "Preconditioned",
     "RectifiedFlow",
     "Schedule",

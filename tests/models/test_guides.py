@@ -13,6 +13,7 @@ from smcdiff.models import (
     Head,
     Langevin,
     MaskedDiffusion,
+    Potential,
     Preconditioned,
     VariancePreserving,
 )
@@ -146,3 +147,87 @@ def test_a_gain_may_be_a_control_of_its_own():
     assert control(x, 1, x, wish=wish).eq(0).all()
     gain.table.data[1] = torch.tensor([3.0, 4.0, 5.0])
     assert torch.equal(control(x, 1, x, wish=wish), torch.tensor([[3.0, 3.0], [5.0, 5.0]]))
+
+
+class LogEvidence(nn.Module):
+    """log p(y | x_t) for y = x_0 + noise in two dimensions and x_0 from N(0, 1)."""
+
+    def __init__(self, prior, y, variance):
+        super().__init__()
+        self.prior, self.y, self.variance = prior, y, variance
+        self.nothing = nn.Linear(2, 1, dtype=torch.float64)
+
+    def forward(self, x, time):
+        signal = self.prior.signal(int(time[0]))
+        off = self.y - signal.alpha * x  # the mean of x_0 is alpha x, its variance sigma^2
+        log = -off.square().sum(-1) / (2 * (signal.sigma**2 + self.variance))
+        return log + self.nothing(x)[..., 0]
+
+
+def test_the_exact_potential_has_the_means_of_the_posterior():
+    prior = chain(variance="large")  # which is right for data of unit variance
+    y, variance = torch.tensor([1.5, -0.5], dtype=torch.float64), 0.3
+    ratio = 1 / (1 + variance)
+    denoiser = GaussianDenoiser(ratio * y, ratio * variance * torch.eye(2).double())
+    posterior = Diffusion(denoiser, VariancePreserving(), (2,), STEPS, variance="exact")
+    guide = Controlled(prior, Potential(LogEvidence(prior, y, variance), prior))
+    x = torch.randn(5, 2, dtype=torch.float64)
+    for t in range(1, STEPS + 1):
+        found, wanted = guide.kernel(x, t).law.mean, posterior.kernel(x, t).law.mean
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+class Wishes(nn.Module):
+    """A potential of four labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = ResidualMLP(2, 8, 1).double()
+        self.last = nn.Linear(2, 4, dtype=torch.float64)
+
+    def forward(self, x, time, label):
+        hidden = self.body(x, time) + x.square()
+        return self.last(hidden).gather(-1, label[:, None])
+
+
+def test_a_potential_starts_at_the_prior_and_reads_labels():
+    prior = chain(variance="large")
+    control = Potential(Wishes(), prior, label="wish")
+    x, wish = torch.randn(3, 4, 2, dtype=torch.float64), torch.arange(4)
+    assert control(x, 3, x, wish=wish).eq(0).all()
+    nn.init.normal_(control.network.last.weight)
+    u = control(x, 3, x, wish=wish)
+    for each in range(4):
+        torch.testing.assert_close(u[:, each], control(x[:, each], 3, x[:, each], wish=wish[each]))
+    shifted = control.value(x + 1e-6, 3, wish=wish) - control.value(x, 3, wish=wish)
+    expected = 1e-6 * (u / control.factors[3]).sum(-1)
+    torch.testing.assert_close(shifted, expected, rtol=1e-4, atol=1e-11)
+
+
+def test_a_potential_learns_and_is_differentiable_in_the_state():
+    control = Potential(Wishes(), chain(variance="large"), label="wish")
+    nn.init.normal_(control.network.last.weight)
+    x, wish = torch.randn(4, 2, dtype=torch.float64, requires_grad=True), torch.arange(4)
+    assert torch.autograd.gradcheck(lambda v: control(v, 2, v, wish=wish), x)
+    control(x.detach(), 2, x, wish=wish).square().sum().backward()
+    gradients = [p.grad for p in control.network.last.parameters()]
+    assert gradients[0].abs().sum() > 0
+    with torch.no_grad():
+        assert not control(x, 2, x, wish=wish).requires_grad
+
+
+def test_a_potential_is_one_number_per_row():
+    prior = chain(variance="large")
+    control = Potential(Two(), prior)
+    x = torch.randn(3, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"one number per row, but for 3 rows .* \(3, 2\)"):
+        control(x, 1, x)
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2, dtype=torch.float64)
+
+    def forward(self, x, time):
+        return self.layer(x)
