@@ -85,7 +85,7 @@ class Scores(nn.Module):
         if side == 8:
             widths = (1, 2 * width, 4 * width)
         pairs = list(itertools.pairwise(widths))
-        self.layers = nn.ModuleList(nn.Conv2d(i, o, 5, stride=2, padding=2) for i, o in pairs)
+        self.layers = nn.ModuleList(nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in pairs)
         self.norms = nn.ModuleList(nn.GroupNorm(8, o) for _, o in pairs)
         self.modulations = nn.ModuleList(nn.Linear(64, 2 * o) for _, o in pairs)
         side = math.ceil(side / 2 ** len(pairs))

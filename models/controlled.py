@@ -27,6 +27,8 @@ from smcdiff.process import (
     is_label,
 )
 
+from .controls import Reader
+
 
 class Controlled(Process):
     """A process plus a control, built on one evaluation of its base.
@@ -59,6 +61,7 @@ class Controlled(Process):
         check_callable("scale", scale, "lambda t: 1.0", optional=True)
         check_names("reads", reads)
         self.base, self.control, self._initial, self.scale = base, control, initial, scale
+        self._check_events(control)
         self.reads = frozenset(reads)
         self.num_steps, self.event_shape = base.num_steps, base.event_shape
 
@@ -138,6 +141,16 @@ class Controlled(Process):
         for part, function in parts.items():
             if isinstance(function, nn.Module):
                 pyro.module(f"{name}.{part}", function)
+
+    def _check_events(self, control: Callable[..., Tensor]) -> None:
+        shape = tuple(self.base.event_shape)
+        for part in control.modules() if isinstance(control, nn.Module) else ():
+            if isinstance(part, Reader) and part.event_dim != len(shape):
+                raise ValueError(
+                    f"the {type(part).__name__} was made with event_dim={part.event_dim}, but "
+                    f"events of {type(self.base).__name__} have shape {shape}: "
+                    f"give it event_dim={len(shape)}"
+                )
 
     def _known(self, context: Context) -> dict[str, Any]:
         """What the base knows of the context."""

@@ -5,6 +5,7 @@ deviations a transition moves.
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from smcdiff.arguments import check_kind, check_names, check_whole
 from smcdiff.process import Process, Signal, context_rows, flatten_batch
 
 
-class _Reader(nn.Module):
+class Reader(nn.Module, ABC):
     """A network that reads states, time and context, and whose last layer starts from zero."""
 
     def __init__(
@@ -35,6 +36,10 @@ class _Reader(nn.Module):
         for parameter in layers[-1].parameters():
             nn.init.zeros_(parameter)
 
+    @abstractmethod
+    def forward(self, x: Tensor, t: int, denoised: Tensor, **context: Any) -> Tensor:
+        """By how many standard deviations the transition moves."""
+
     def _ask(self, states: Sequence[Tensor], t: int, context: dict[str, Any]) -> Tensor:
         """The network's answer with one batch axis: states and reads side by side, time, label."""
         x = states[0]
@@ -50,7 +55,7 @@ class _Reader(nn.Module):
         return answer
 
 
-class Head(_Reader):
+class Head(Reader):
     r"""A control :math:`u_t(x_t, \hat x_0)` that is zero before it learns: its last layer is.
 
     Args:
@@ -152,7 +157,7 @@ class Preconditioned(nn.Module):
         return self.units[t].to(u) * u
 
 
-class Potential(_Reader):
+class Potential(Reader):
     r"""A control that climbs a learned potential V of the noisy state,
 
     .. math:: u_t = a_t \sqrt{\frac{k_t^2 v_t}{1 + k_t^2 v_t}} \, \frac{\sigma_t^2}{\alpha_t

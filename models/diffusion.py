@@ -302,6 +302,11 @@ class Diffusion(Process):
             )
         if variance == "mixture" and not isinstance(self.network, MixtureDenoiser):
             raise ValueError("variance='mixture' is the exact kernel of a MixtureDenoiser only")
+        if variance == "mixture" and len(self.event_shape) != 1:
+            raise ValueError(
+                "variance='mixture' is for vectors, but event_shape is "
+                f"{tuple(self.event_shape)}: flatten the events, or use another variance"
+            )
 
     def _refuse_context(self, context: dict[str, Any]) -> None:
         if context:

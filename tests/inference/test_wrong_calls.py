@@ -55,6 +55,7 @@ from smcdiff.models import (
     MarkovDenoiser,
     MaskedDiffusion,
     MixtureDenoiser,
+    Preconditioned,
     RectifiedFlow,
     Tabulated,
     Team,
@@ -80,6 +81,7 @@ def masked(**settings):
 
 
 PRIOR, HALF = prior(), torch.full((2, 2), 0.5)
+IMAGES = prior(event_shape=(1, 4, 4))
 
 
 def model(y=None):
@@ -367,6 +369,14 @@ MISTAKES = {
         lambda: Controlled(PRIOR, lambda x, t, denoised: 0 * x, scale=LearnedScale(1))("x")
     ],
     "event_dim must be a positive integer": [lambda: Head(nn.Linear(2, 2), event_dim=-1)],
+    "made with event_dim=1, but events of Diffusion have shape .*: give it event_dim=3": [
+        lambda: Controlled(IMAGES, Preconditioned(Head(nn.Linear(4, 4)), IMAGES))
+    ],
+    "variance='mixture' is for vectors, but event_shape is": [
+        lambda: Diffusion(
+            MixtureDenoiser(torch.zeros(2, 4), 1.0), event_shape=(2, 2), variance="mixture"
+        )
+    ],
 }
 
 
