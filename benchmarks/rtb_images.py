@@ -7,10 +7,11 @@ r"""One guide for twelve wishes: a digit, an even one or an odd one, under a fro
 The reward of an image is what a classifier thinks of the likeliest digit of the wish,
 log r = max log p(digit | x) (Venkatraman et al. 2024, section 3.2). The guide climbs a potential
 V(x_t, t, wish), a small network beside the prior's. It learns log E[r(x_0) | x_t] of all wishes
-first, by logistic regression of the rewards of draws on those draws with noise; and then, with the
-scales of its gradients, all twelve posteriors by relative trajectory balance. Every rival gets for
-one posterior what it has cost for it: a twelfth of the learning, and the draws; DPS and LGD-MC,
-which have no use for more, get their draws.
+first, by logistic regression of the rewards of draws on those draws with noise; then, with the
+scales of its gradients, from simulated paths, whose wishes are drawn in proportion to their rewards
+(no mode is missed); and last by relative trajectory balance. Every rival gets for one posterior
+what it has cost for it: a twelfth of the learning, and the draws; DPS and LGD-MC, which have no use
+for more, get their draws.
 
 DPS and LGD-MC are the look-ahead of `TwistedSMC` without weights, at a point and at eight draws of
 x_0. "Own label" is the prior with the label that it was trained with: what supervision achieves.
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from metrics import frechet
 from torch import Tensor, nn
@@ -44,6 +46,7 @@ from smcdiff import Posterior
 from smcdiff.averages import draw
 from smcdiff.inference import (
     SMC,
+    InferenceCompilation,
     OnPolicy,
     PowerTwist,
     PriorPaths,
@@ -140,8 +143,16 @@ class Setting:
     def reward(self, x: Tensor, wish: Tensor) -> Tensor:
         return log_reward(self.classifier, x, wish)
 
+    def rewards(self, x: Tensor) -> Tensor:
+        """Of all wishes, in a last dimension."""
+        return torch.stack([self.reward(x, wish) for wish in torch.arange(len(WISHES))], -1)
+
     def model(self, wish: Tensor) -> None:
         pyro.factor("wish", self.reward(self.prior("x"), wish))
+
+    def simulated(self, wish: Tensor) -> None:
+        """The model as one that can draw wishes: in proportion to what x_0 is worth to them."""
+        pyro.sample("wish", dist.Categorical(logits=self.rewards(self.prior("x"))), obs=wish)
 
     def guide(self, wish: Tensor) -> None:
         self.controlled("x", wish=wish)
@@ -155,8 +166,7 @@ def regress(setting: Setting, draws: int, updates: int) -> float:
     prior, rows = setting.prior, 512
     with torch.no_grad(), pyro.plate("draws", rows):
         x_0 = torch.cat([prior("x") for _ in range(draws // rows)])
-        wishes = torch.arange(len(WISHES))
-        rewards = torch.stack([setting.reward(x_0, wish) for wish in wishes], -1).exp()
+        rewards = setting.rewards(x_0).exp()
     optimiser = torch.optim.AdamW(setting.scores.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=updates)
     losses: list[float] = []
@@ -187,14 +197,39 @@ def noised(prior: Diffusion, x_0: Tensor, times: Tensor) -> Tensor:
     return alpha * x_0 + sigma * torch.randn_like(x_0)
 
 
-def rates(updates: int) -> pyro.optim.PyroOptim:
+def rates(updates: int, network: float, scales: float) -> pyro.optim.PyroOptim:
     """Adam, down to a fiftieth of its rate; scales learn faster than networks."""
 
     def settings(name: str) -> dict[str, float]:
         few = "gain" in name or "scale" in name
-        return {"lr": 5e-3 if few else 1e-4, "lrd": 0.02 ** (1 / updates), "clip_norm": 1e9}
+        rate = scales if few else network
+        return {"lr": rate, "lrd": 0.02 ** (1 / updates), "clip_norm": 1e9}
 
     return pyro.optim.ClippedAdam(settings)
+
+
+def compile_guide(setting: Setting, updates: int) -> float:
+    """From four steps of each of 128 simulated paths an update; returns its calls."""
+    rows, steps, paths = 128, 4, 2048
+    learner = InferenceCompilation(
+        setting.simulated,
+        setting.guide,
+        rates(updates, network=2e-4, scales=1e-2),
+        data=("wish",),
+        num_paths=paths,
+        refresh=paths * setting.prior.num_steps // (rows * steps),  # every step is read once
+        num_particles=rows,
+        subsample=steps,
+        max_gradient_norm=300.0,
+    )
+    for update in range(updates):
+        learner.step(torch.tensor(0))
+        if (update + 1) % max(1, updates // 4) == 0:
+            gained = -statistics.mean(learner.history[-(updates // 4) :])
+            print(
+                f"{update + 1} updates: log q - log p of simulated paths {gained:.2f}", flush=True
+            )
+    return learner.calls.network + 4 * setting.share() * rows * steps * updates
 
 
 def balance(setting: Setting, updates: int) -> float:
@@ -202,7 +237,7 @@ def balance(setting: Setting, updates: int) -> float:
     rtb = RelativeTrajectoryBalance(
         setting.model,
         setting.guide,
-        rates(updates),
+        rates(updates, network=5e-5, scales=2e-3),
         evidence="vargrad",
         num_particles=PATHS,
         behaviours=(OnPolicy(), PriorPaths()),
@@ -212,8 +247,8 @@ def balance(setting: Setting, updates: int) -> float:
     )
     for update in range(updates):
         rtb.step(torch.randint(len(WISHES), (PROBLEMS,)))
-        if (update + 1) % max(2, updates // 8) == 0:
-            bound = statistics.mean(u.mean for u in rtb.history[-(updates // 8) :: 2])
+        if (update + 1) % max(2, updates // 4) == 0:
+            bound = statistics.mean(u.mean for u in rtb.history[::2][-max(1, updates // 8) :])
             print(f"{update + 1} updates: evidence lower bound {bound:.2f}", flush=True)
     # the potential has a gradient, and backward passes of both
     asked = setting.prior.num_steps * PROBLEMS * PATHS * updates
@@ -264,8 +299,8 @@ def contestants(
     apart: Any = {"ess_threshold": 0.0, "num_runs": RUNS, "chunk_size": 256}
     guided = SMC(model, guide=setting.guide, num_particles=number // RUNS, **apart).run(wish)
     both = 1 + 2 * setting.share()  # the prior's network, and the potential with its gradient
-    yield "RTB, as drawn", unweighted(guided, number, both)
-    yield "RTB, corrected", weighted(guided, number, both)
+    yield "guide, as drawn", unweighted(guided, number, both)
+    yield "guide, corrected", weighted(guided, number, both)
     budget = share + calls_of(guided, both)
 
     groups = max(1, round(budget / steps / number))
@@ -375,7 +410,7 @@ def judge_all(setting: Setting, arguments: argparse.Namespace, share: float) -> 
 
 def amortisation(rows: dict[str, dict[str, Found]], training: float) -> None:
     """Calls for so many independent draws, over all posteriors of the guide together."""
-    names = ["RTB, corrected", "prior, weighted", "TwistedSMC", "trust region"]
+    names = ["guide, corrected", "prior, weighted", "TwistedSMC", "trust region"]
     price = {
         name: statistics.mean(each[name].calls / each[name].independent for each in rows.values())
         for name in names
@@ -404,8 +439,9 @@ def main() -> None:
     parser.add_argument("--dataset", choices=DATASETS, default="digits")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--simulations", type=int, default=8192, help="draws to regress on")
-    parser.add_argument("--regression", type=int, default=3000, help="updates of it")
-    parser.add_argument("--updates", type=int, default=400, help="by trajectory balance")
+    parser.add_argument("--regression", type=int, default=1500, help="updates of it")
+    parser.add_argument("--compilation", type=int, default=240, help="updates from paths")
+    parser.add_argument("--updates", type=int, default=60, help="by trajectory balance")
     parser.add_argument("--draws", type=int, default=256, help="from each posterior")
     parser.add_argument("--wishes", nargs="+", choices=WISHES, default=["3", "7", "even", "odd"])
     parser.add_argument("--save", type=Path, help="the guide, once it has learned")
@@ -423,6 +459,7 @@ def main() -> None:
         setting.parts.load_state_dict(stored["parts"])
     else:
         calls = regress(setting, arguments.simulations, arguments.regression)
+        calls += compile_guide(setting, arguments.compilation)
         calls += balance(setting, arguments.updates)
     if arguments.save is not None:
         torch.save({"calls": calls, "parts": setting.parts.state_dict()}, arguments.save)
