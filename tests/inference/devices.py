@@ -36,11 +36,15 @@ from smcdiff.models import (
     Diffusion,
     Flow,
     GaussianDenoiser,
+    Head,
+    Langevin,
     LearnedScale,
     LearnedStart,
     MarkovDenoiser,
     MaskedDiffusion,
     MixtureDenoiser,
+    Potential,
+    Preconditioned,
     Team,
     contains,
 )
@@ -228,6 +232,38 @@ def test_a_guide_learns_there():
     process = network(variance="large")
     optim = pyro.optim.Adam({"lr": 1e-3})
     rtb = RelativeTrajectoryBalance(seen(process), guide(process), optim, num_particles=4)
+    assert math.isfinite(rtb.step())
+    assert lies_elsewhere(SMC(rtb.model, rtb.guide, **SIZES).run())
+
+
+class Pair(nn.Linear):
+    """A head of two numbers, or a potential of one, with a label."""
+
+    def forward(self, x, time, label):
+        return super().forward(x) + label[:, None]
+
+
+CONTROLS = {
+    "Head": lambda process: Head(Pair(4, 2), label="wish"),
+    "Langevin": lambda process: Langevin(
+        Head(Pair(4, 2), label="wish"),
+        lambda x, wish: -wish * x.square().sum(-1),
+        3,
+        reads=("wish",),
+    ),
+    "Potential": lambda process: Potential(Pair(2, 1), process, label="wish"),
+    "Preconditioned": lambda process: Preconditioned(Head(Pair(4, 2), label="wish"), process),
+}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_control_steers_there(name):
+    process, wish = network(variance="large"), far(torch.tensor(2))
+    steered = Controlled(process, far(CONTROLS[name](process)), reads=("wish",))
+    optim = pyro.optim.Adam({"lr": 1e-3})
+    rtb = RelativeTrajectoryBalance(
+        seen(process), lambda: steered("x", wish=wish), optim, num_particles=4
+    )
     assert math.isfinite(rtb.step())
     assert lies_elsewhere(SMC(rtb.model, rtb.guide, **SIZES).run())
 
