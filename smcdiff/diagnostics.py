@@ -33,6 +33,7 @@ SEVERITY: dict[Verdict, int] = {"reliable": 0, "doubtful": 1, "failed": 2}
 
 FEW_ROOTS, HOPELESS_ROOTS = 25.0, 4.0  # effective, over all runs
 SPREAD, HOPELESS_SPREAD = 0.5, 1.5  # standard deviation of log Z over the runs
+ABSURD_SPREAD = 30.0  # no wish is so rare: the prior or the noise scale may be set up wrongly
 ERROR, HOPELESS_ERROR = 0.5, 0.7  # standard error of log Z, from the genealogy of one run
 ESS = 0.02  # smallest effective sample size, as a share of the particles
 EVEN = 1e-3  # weights are equal when their logarithms differ by less
@@ -149,11 +150,15 @@ def _check_roots(d: Diagnosis) -> Iterator[Finding]:
 
 def _check_evidence(d: Diagnosis) -> Iterator[Finding]:
     if d.num_runs > 1 and d.spread >= SPREAD:
+        advice = "use more particles per run"
+        if d.spread >= ABSURD_SPREAD:
+            advice = "look at some draws: are they like the prior's data (if not: its betas, its "
+            advice += f"parameterization)? Is a noise scale far too small? Only then {advice}"
         yield Finding(
             "failed" if d.spread >= HOPELESS_SPREAD else "doubtful",
             f"log Z differs between runs: its standard deviation is {d.spread:.2g} (below {SPREAD} "
             "is wanted), so they may have found different modes",
-            "use more particles per run",
+            advice,
         )
     if d.num_runs == 1 and not d.standard_error < ERROR:
         yield Finding(

@@ -101,6 +101,11 @@ def test_advice_depends_on_where_it_collapsed():
     assert "covariance" in collapsed.advice[0]
 
 
+def test_runs_that_are_absurdly_far_apart_question_the_prior():
+    assert replace(FINE, spread=2.0).advice == ["use more particles per run"]
+    assert replace(FINE, spread=1e9).advice[0].startswith("look at some draws")
+
+
 # ------------------------------------------------------------------------- where truth is known
 
 
