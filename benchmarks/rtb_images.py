@@ -189,11 +189,8 @@ def regress(setting: Setting, draws: int, updates: int) -> float:
 
 def noised(prior: Diffusion, x_0: Tensor, times: Tensor) -> Tensor:
     """x_t given x_0, for times of its own in every row."""
-    signals = [prior.signal(int(t)) for t in times]
-    alpha, sigma = (
-        torch.tensor([float(getattr(each, name)) for each in signals])[:, None, None, None]
-        for name in ("alpha", "sigma")
-    )
+    levels = prior.grid.alpha, prior.grid.sigma
+    alpha, sigma = (level[times].to(x_0)[:, None, None, None] for level in levels)
     return alpha * x_0 + sigma * torch.randn_like(x_0)
 
 

@@ -33,7 +33,7 @@ SEVERITY: dict[Verdict, int] = {"reliable": 0, "doubtful": 1, "failed": 2}
 
 FEW_ROOTS, HOPELESS_ROOTS = 25.0, 4.0  # effective, over all runs
 SPREAD, HOPELESS_SPREAD = 0.5, 1.5  # standard deviation of log Z over the runs
-ABSURD_SPREAD = 30.0  # no wish is so rare: the prior or the noise scale may be set up wrongly
+ABSURD_SPREAD = 30.0  # more than modes explain: is the prior set up wrongly, or the noise scale?
 ERROR, HOPELESS_ERROR = 0.5, 0.7  # standard error of log Z, from the genealogy of one run
 ESS = 0.02  # smallest effective sample size, as a share of the particles
 EVEN = 1e-3  # weights are equal when their logarithms differ by less
