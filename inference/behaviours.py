@@ -186,16 +186,18 @@ def noise_backwards(pair: Pair, x0: dict[str, Tensor], begin: int) -> dict[int, 
     return given
 
 
-def noised(process: Process, x: Tensor, t: int) -> Tensor:
-    r"""A draw of x_t given x_{t-1}: :math:`\alpha_{t|t-1} x_{t-1} + \sigma_{t|t-1} \varepsilon`, or
-    every token masked with probability :math:`1 - \alpha_t / \alpha_{t-1}`."""
+def noised(process: Process, x: Tensor, t: int, since: int | None = None) -> Tensor:
+    r"""A draw of x_t given x_s, with s = t - 1 if ``since`` is None:
+    :math:`\alpha_{t|s} x_s + \sigma_{t|s} \varepsilon`, or every token masked with probability
+    :math:`1 - \alpha_t / \alpha_s`."""
+    s = t - 1 if since is None else since
     if not x.is_floating_point():
         alphas, mask = getattr(process, "alphas", None), getattr(process, "mask", None)
         if alphas is None or mask is None or getattr(process, "reveal", "") == "even":
             raise _cannot_noise(process)
-        kept = alphas[t - 1] * torch.rand(x.shape, device=x.device) < alphas[t]
+        kept = alphas[s] * torch.rand(x.shape, device=x.device) < alphas[t]
         return torch.where(kept, x, mask)
-    before, after = process.signal(t - 1), process.signal(t)
+    before, after = process.signal(s), process.signal(t)
     if before is None or after is None:
         raise _cannot_noise(process)
     levels = (after.alpha, before.alpha, after.sigma, before.sigma)

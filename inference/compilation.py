@@ -30,6 +30,7 @@ from smcdiff.predictive import Unobserved, with_arguments
 from smcdiff.program import Program
 
 from . import ranks
+from .bridges import Bridges
 from .guide_learner import GuideLearner, refuse_sizes
 from .pair import Pair
 from .resuming import mark
@@ -60,8 +61,12 @@ class Simulations:
 
 
 @torch.no_grad()
-def simulate(program: Program, number: int) -> Simulations:
+def simulate(program: Program, number: int, ends_only: bool = False) -> Simulations:
     """Runs the program forwards: its processes step by step, then the sites that are observed.
+
+    Args:
+        number: of draws.
+        ends_only: keep x_0 alone of the states.
 
     Raises:
         ValueError: the program has a factor, which says how good a draw is but not how to draw.
@@ -74,15 +79,20 @@ def simulate(program: Program, number: int) -> Simulations:
         )
     forward = copy.copy(program)
     forward.model = Unobserved()(program.model)
-    states: dict[int, States] = {t: {} for t in range(program.num_steps + 1)}
+    times = [0] if ends_only else range(program.num_steps + 1)
+    states: dict[int, States] = {t: {} for t in times}
+
+    def keep(t: int, x: States) -> None:
+        if t in states:
+            states[t] |= x
 
     def walk(statement: Statement) -> Tensor:
         process, context = statement.process, statement.context
         x = draw(process.initial(**context), statement.batch)
-        states[process.num_steps] |= process.split(statement.name, x)
+        keep(process.num_steps, process.split(statement.name, x))
         for t in range(process.num_steps, 0, -1):
             x = process.kernel(x, t, **context).law.sample()
-            states[t - 1] |= process.split(statement.name, x)
+            keep(t - 1, process.split(statement.name, x))
         return x
 
     sites = forward.execute(walk, {}, number).sites
@@ -111,6 +121,11 @@ class InferenceCompilation(GuideLearner[float]):
         num_particles: trajectories per update, drawn from those, of all processes of ``torchrun``.
         subsample: learn from so many random steps of them only, scaled up (None: all steps).
         max_gradient_norm: gradients are scaled down to it.
+        bridged: of the trajectories keep x_0 only, noise it anew in every update, and integrate out
+            the noise of every step given both ends (Denker et al. 2024, arXiv 2406.01781).
+            Gradients of image guides have a hundredth of the variance, and means are learned for
+            priors whose transitions reverse the noising well; a guide can go on without it. Needs
+            normal transitions; scales learn only as much narrower as means have moved.
 
     Attributes:
         calls: of the prior's network, the simulations included.
@@ -136,11 +151,13 @@ class InferenceCompilation(GuideLearner[float]):
         num_particles: int = 128,
         subsample: int | None = None,
         max_gradient_norm: float | None = None,
+        bridged: bool = False,
     ) -> None:
         super().__init__(model, guide, optim, num_particles, max_gradient_norm)
         check_names("data", data)
         self.data = dict(data) if isinstance(data, Mapping) else {name: name for name in data}
         self.num_paths, self.refresh, self.subsample = num_paths, refresh, subsample
+        self.bridged = bridged
         self.simulations: Simulations | None = None
         refuse_sizes(
             num_paths=num_paths, num_particles=num_particles, subsample=subsample, refresh=refresh
@@ -171,14 +188,18 @@ class InferenceCompilation(GuideLearner[float]):
         """log q - log p of simulated trajectories, from some of their steps."""
         assert self.simulations is not None
         some, zero = self.simulations.select(rows), torch.zeros(len(rows), dtype=torch.float64)
-        walked = Trajectories(some.x, some.latents, rows, zero, {}, zero, {})
         times = _times(self.simulated.model)
         if self.subsample is not None and self.subsample < len(times):
             times = (torch.randperm(len(times))[: self.subsample] + 1).tolist()
+        x, compare = some.x, None
+        if self.bridged:
+            bridges = Bridges(self.simulated.model, x[0], {*times, self.simulated.num_steps})
+            x, compare = bridges.x, bridges.compare
+        walked = Trajectories(x, some.latents, rows, zero, {}, zero, {})
         start = self.simulated.ratios_again(walked, [], start=True)
         if self.simulated.guide.latents:
             start = start - self.simulated.log_likelihood(walked)[1]  # log p of them
-        ratio = self.simulated.ratios_again(walked, times, start=False)
+        ratio = self.simulated.ratios_again(walked, times, start=False, compare=compare)
         self.calls += self.simulated.take_calls()
         return start + self.simulated.num_steps / len(times) * ratio
 
@@ -193,7 +214,7 @@ class InferenceCompilation(GuideLearner[float]):
             restore_streams(streams, program.device)
         ranks.same_streams(program.device)
         self._streams = stream_states(program.device)
-        self.simulations = simulate(program, self.num_paths)
+        self.simulations = simulate(program, self.num_paths, ends_only=self.bridged)
         number = sum(p.calls(t) for p in program.processes.values() for t in _times(program))
         self.calls += Calls(network=self.num_paths * number, program=self.num_paths)
         self.simulated = self._pair_of(program, self.simulations.data)
@@ -244,6 +265,7 @@ class InferenceCompilation(GuideLearner[float]):
             "num_paths": self.num_paths,
             "refresh": self.refresh,
             "subsample": self.subsample,
+            "bridged": self.bridged,
         }
 
     def _extra(self) -> dict[str, Any]:

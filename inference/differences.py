@@ -17,6 +17,8 @@ from torch import Tensor
 from smcdiff.laws import base_law, log_density
 from smcdiff.process import is_deterministic
 
+from .trajectories import Laws, States
+
 
 def log_quotient(q: Distribution, p: Distribution, x: Tensor) -> Float64[Tensor, " particle"]:
     """log q(x) - log p(x), summed over everything but the leading (particle) axis.
@@ -44,16 +46,49 @@ def log_quotient(q: Distribution, p: Distribution, x: Tensor) -> Float64[Tensor,
     return log_density(q, x) - log_density(p, x)
 
 
+def log_quotients(q: Laws, p: Laws, x: States) -> Float64[Tensor, " particle"]:
+    """That of all members."""
+    return torch.stack([log_quotient(q[m], p[m], x[m]) for m in x]).sum(0)
+
+
+def expected_log_quotient(
+    q: Distribution, p: Distribution, mean: Tensor
+) -> Float64[Tensor, " particle"]:
+    r"""The expectation of :func:`log_quotient` where x has another mean than under p.
+
+    The mean of :math:`z^2` is left at one, which it is under p: a quotient that tells nothing but
+    p from itself must not be improved upon.
+
+    Raises:
+        TypeError: the laws are not normal.
+    """
+    if q is p or (is_deterministic(q) and is_deterministic(p)):
+        return torch.zeros(mean.shape[0], dtype=torch.float64, device=mean.device)
+    one, other = base_law(q), base_law(p)
+    if not all(isinstance(law, torch.distributions.Normal) for law in (one, other)):
+        raise TypeError(
+            "the noise of a step is integrated out for normal transitions only, not for those from "
+            f"{type(other).__name__} to {type(one).__name__}: leave bridged out"
+        )
+    return _rows(_of_normals(one, other, mean, 1.0))
+
+
 def usable(law: Distribution) -> bool:
     """Whether one can draw from it: a network may have returned NaN, and is blamed later."""
     parameters = [getattr(base_law(law), name, None) for name in ("loc", "scale", "logits")]
     return not any(bool(p.isnan().any()) for p in parameters if isinstance(p, Tensor))
 
 
-def _of_normals(q: torch.distributions.Normal, p: torch.distributions.Normal, x: Tensor) -> Tensor:
+def _of_normals(
+    q: torch.distributions.Normal,
+    p: torch.distributions.Normal,
+    x: Tensor,
+    square: float | None = None,
+) -> Tensor:
+    """At x; where only means are known, ``square`` is that of z^2."""
     z, d, ratio = (x - p.loc) / p.scale, (q.loc - p.loc) / p.scale, q.scale / p.scale
-    narrower = 1 - ratio**-2
-    return 0.5 * z.square() * narrower + (z * d - 0.5 * d.square()) / ratio**2 - ratio.log()
+    widened = 0.5 * (z.square() if square is None else square) * (1 - ratio**-2)
+    return widened + (z * d - 0.5 * d.square()) / ratio**2 - ratio.log()
 
 
 def _log_prob(law: Distribution, x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from smcdiff.process import Context, Process, Tree, is_deterministic
 from smcdiff.program import Program
 
 from . import ranks
-from .differences import log_quotient, usable
+from .differences import log_quotients, usable
 from .guided import GuidedProposal
 from .streams import stream_untouched
 from .trajectories import Laws, Opening, Plan, States, Trajectories
@@ -197,21 +197,26 @@ class Pair:
         return walked
 
     def ratios_again(
-        self, walked: Trajectories, steps: Collection[int], start: bool
+        self,
+        walked: Trajectories,
+        steps: Collection[int],
+        start: bool,
+        compare: Callable[[int, Laws, Laws], Float64[Tensor, " particle"]] | None = None,
     ) -> Float64[Tensor, " particle"]:
-        """log q - log p of some steps (and of the start) of recorded trajectories, with a graph."""
+        """log q - log p of some steps (and of the start) of recorded trajectories, with a graph;
+        at the recorded x_{t-1}, or by ``compare``, of t and the laws of guide and model."""
         latents, problems = walked.latents, walked.problems
         with torch.no_grad():
             model = self.open(self.model, latents, problems, walked.size)
         guide = self.open(self.guide, latents, problems, walked.size)
         total = walked.at_start.new_zeros(walked.size)
         if start and self.num_steps in walked.x:
-            total = total + _quotient(guide.laws, model.laws, walked.x[self.num_steps])
+            total = total + log_quotients(guide.laws, model.laws, walked.x[self.num_steps])
             total = total + guide.log_latents
         for t in steps:
             evaluations = walked.evaluations.get(t) or self._unsteered(t, walked.x[t], model)
             p, q = self._laws(t, walked.x[t], (model, guide), evaluations)
-            total = total + _quotient(q, p, walked.x[t - 1])
+            total = total + (compare(t, q, p) if compare else log_quotients(q, p, walked.x[t - 1]))
         return total
 
     def _start(
@@ -227,8 +232,8 @@ class Pair:
         laws = {m: plan.law(q[m] if usable(q[m]) else law, law) for m, law in model.laws.items()}
         x = {m: ranks.draw(law).detach() for m, law in laws.items()}
         x = self._follow(plan, total, plan.begin, x, model.laws)
-        behind = _quotient(guide.laws, laws, x).detach()
-        return x, _quotient(guide.laws, model.laws, x) + guide.log_latents, behind
+        behind = log_quotients(guide.laws, laws, x).detach()
+        return x, log_quotients(guide.laws, model.laws, x) + guide.log_latents, behind
 
     def _step(
         self,
@@ -251,9 +256,9 @@ class Pair:
             laws = {m: plan.law(q[m] if usable(q[m]) else law, law) for m, law in p.items()}
             after = {m: ranks.draw(law).to(x[m].dtype) for m, law in laws.items()}
             after = self._follow(plan, total, t - 1, after, p)
-            behind = _quotient(q, laws, after)
+            behind = log_quotients(q, laws, after)
         with torch.set_grad_enabled(tracked):
-            walked.ratios[t] = _quotient(q, p, after)
+            walked.ratios[t] = log_quotients(q, p, after)
         return after, behind
 
     def _laws(
@@ -342,8 +347,3 @@ def _at_rest(statement: Statement) -> Tensor:
     """A state that nothing looks at."""
     law = statement.process.initial(**statement.context)
     return placeholder(statement, law.mean.expand(*statement.batch, *law.event_shape))
-
-
-def _quotient(q: Laws, p: Laws, x: States) -> Float64[Tensor, " particle"]:
-    """log q - log p of all members."""
-    return torch.stack([log_quotient(q[m], p[m], x[m]) for m in x]).sum(0)

@@ -84,6 +84,9 @@ class Chain(Process):
     def signal(self, t: int) -> Signal | None:
         return self.second.signal(t) if t <= self.second.num_steps else None
 
+    def bridge(self, x_0: Tensor, x: Tensor, t: int) -> Tensor | None:
+        return self.second.bridge(x_0, x, t) if t <= self.second.num_steps else None
+
     def calls(self, t: int) -> int:
         if t <= self.second.num_steps:
             return self.second.calls(t)

@@ -156,6 +156,12 @@ class Diffusion(Process):
     def signal(self, t: int) -> Signal:
         return self._signals[t]
 
+    def bridge(self, x_0: Tensor, x: Tensor, t: int) -> Tensor | None:
+        if self._guidance(t) is not None:
+            return None  # a guided estimate of x_0 is no mean of it
+        c_0, c_t, _ = self._coefficients(t)
+        return c_0 * x_0 + c_t * x
+
     def calls(self, t: int) -> int:
         return 1 if self._guidance(t) is None else 2
 

@@ -167,6 +167,13 @@ class Flow(Process):
     def signal(self, t: int) -> Signal | None:
         return self._signals[t] if self.source is None else None
 
+    def bridge(self, x_0: Tensor, x: Tensor, t: int) -> Tensor | None:
+        averaged = self.method not in ("exponential", "euler")
+        if averaged or self.source is not None or self._guidance(self._ends(t)[0]) is not None:
+            return None  # a guided estimate of x_0 is no mean of it
+        step, level = self._steps[t - 1], self._levels[t]
+        return step.on_x * x + step.on_velocity * level.velocity(x, x_0, "x0")
+
     def calls(self, t: int) -> int:
         """For solvers of torchdiffeq: those of the last evaluation (at first of its start only)."""
         if t in self._counted:

@@ -77,6 +77,9 @@ class Finetuned(Process):
     def signal(self, t: int) -> Signal | None:
         return self.inner.signal(t)
 
+    def bridge(self, x_0: Tensor, x: Tensor, t: int) -> Tensor | None:
+        return self.inner.bridge(x_0, x, t)
+
     def calls(self, t: int) -> int:
         return self.inner.calls(t)
 

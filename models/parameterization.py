@@ -60,6 +60,10 @@ class Preconditioning:
             return output
         return self.c_skip * x + self.c_out * output
 
+    def output(self, x: Tensor, x_0: Tensor) -> Tensor:
+        """What the network would say if x_0 were known: the inverse of :meth:`denoised`."""
+        return (x_0 - self.c_skip * x) / self.c_out
+
 
 def usual_schedule(parameterization: Parameterization) -> Schedule:
     """What networks of this kind are mostly trained with."""

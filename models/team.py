@@ -85,6 +85,12 @@ class Team(Process):
         fields = ("alpha", "sigma", "slope", "variance", "spread")
         return Signal(*(self._side_by_side([getattr(s, f) for s in known]) for f in fields))
 
+    def bridge(self, x_0: Tensor, x: Tensor, t: int) -> Tensor | None:
+        starts, states = self.split("", x_0), self.split("", x)
+        means = {n: a.bridge(starts[n], states[n], t) for n, a in self.agents.items()}
+        known = {n: mean for n, mean in means.items() if mean is not None}
+        return self.join("", known) if len(known) == len(means) else None
+
     def calls(self, t: int) -> int:
         return sum(agent.calls(t) for agent in self.agents.values())
 

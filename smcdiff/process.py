@@ -121,6 +121,11 @@ class Process(ABC):
         """Noise levels and scalar denoiser statistics at t; None where x_t is not a noised x_0."""
         return None
 
+    def bridge(self, x_0: Tensor, x: Tensor, t: int) -> Tensor | None:
+        """The mean of x_{t-1} given both ends of the path: that of the transition out of ``x``, if
+        its estimate of x_0 were right. None where transitions have no such estimate in them."""
+        return None
+
     def calls(self, t: int) -> int:
         """How many network calls :meth:`evaluate` makes at t."""
         return 1

@@ -112,6 +112,15 @@ class Scheduled(Process):
     def signal(self, t: int) -> Signal:
         return self._signals[t]
 
+    def bridge(self, x_0: Tensor, x: Tensor, t: int) -> Tensor | None:
+        if self.base.bridge(x_0, x, t) is None:
+            return None
+        step = self.steps[t - 1]
+        mean = step.on_denoised * x_0 + step.on_x * x
+        if step.on_output:
+            mean = mean + step.on_output * self.base.preconditioning[t].output(x, x_0)
+        return mean
+
     def calls(self, t: int) -> int:
         return self.base.calls(t)
 

@@ -159,6 +159,20 @@ PROCESSES: dict[str, Callable[[], Process]] = {
 }
 
 
+NO_BRIDGE = {  # because of tokens, guidance, a control, averaged velocities
+    "Diffusion, guided",
+    "Flow, Heun",
+    "Flow, guided within steps",
+    "Flow, torchdiffeq",
+    "MaskedDiffusion",
+    "MaskedDiffusion, even",
+    "Controlled",
+    "Controlled, masked",
+    "Team, masked",
+    "Team, controlled",
+}
+
+
 @pytest.fixture(params=PROCESSES)
 def process(request: pytest.FixtureRequest) -> Process:
     return PROCESSES[request.param]()
@@ -229,6 +243,25 @@ def test_evaluation_belongs_to_particles(process: Process) -> None:
 
 
 # ------------------------------------------------------------------------------------- function
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_bridge_leads_where_a_kernel_with_that_estimate_does(name: str) -> None:
+    """Where nothing is clipped: some libraries clip x_0, and not the noise."""
+    process, known = PROCESSES[name](), 0
+    for t, x in states(process, 5):
+        if t == 0 or process.shape_at(t) != process.event_shape:
+            continue
+        kernel = process.kernel(x, t)
+        found = process.bridge(x if name in NO_BRIDGE else kernel.denoised.mean, x, t)
+        if found is not None:
+            mean, inside = kernel.law.mean.to(found), ...
+            if name.startswith("Scheduled"):
+                inside = kernel.denoised.mean.abs() < 1
+                assert inside.any()
+            torch.testing.assert_close(found[inside], mean[inside], atol=2e-6, rtol=0)
+            known += 1
+    assert (known > 0) == (name not in NO_BRIDGE)
 
 
 def test_kernel_is_a_function_of_the_evaluation(process: Process) -> None:

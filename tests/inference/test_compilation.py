@@ -101,14 +101,24 @@ def assert_same(one, other, tolerance=0.0):
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize(("killed", "refresh"), [(3, 4), (4, 4), (5, 4), (5, None)])
-def test_a_killed_run_is_continued_bit_for_bit(killed, refresh, tmp_path):
+@pytest.mark.parametrize(
+    ("killed", "options"),
+    [
+        (3, {}),
+        (4, {}),
+        (5, {}),
+        (5, {"refresh": None}),
+        (3, {"bridged": True}),
+        (5, {"bridged": True}),
+    ],
+)
+def test_a_killed_run_is_continued_bit_for_bit(killed, options, tmp_path):
     """Before, at and after the update that simulates others."""
     file = tmp_path / "guide.safetensors"
-    whole = compilation(refresh=refresh)
+    whole = compilation(**options)
     whole.run(Y, num_updates=9)
-    compilation(refresh=refresh).run(Y, num_updates=killed, checkpoint=file)
-    again = compilation(seed=5, refresh=refresh)
+    compilation(**options).run(Y, num_updates=killed, checkpoint=file)
+    again = compilation(seed=5, **options)
     again.step(Y)  # whatever it did before is forgotten
     torch.randn(7)
     again.run(Y, num_updates=9, checkpoint=file, resume=True, checkpoint_every=2)
@@ -147,7 +157,8 @@ def test_a_foreign_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="nothing to save"):
         compilation().save(file)
     compilation().run(Y, num_updates=2, checkpoint=file)
-    for other in ({"num_paths": 50}, {"refresh": None}, {"subsample": 1}, {"num_particles": 8}):
+    others = {"num_paths": 50, "refresh": None, "subsample": 1, "num_particles": 8, "bridged": True}
+    for other in ({name: value} for name, value in others.items()):
         with pytest.raises(ValueError, match=f"belongs to another training: {next(iter(other))}="):
             compilation(**other).run(Y, num_updates=3, checkpoint=file, resume=True)
     learner = compilation()
@@ -226,10 +237,10 @@ def test_a_guide_without_parameters_is_refused():
 # ----------------------------------------------------------------------------------- processes
 
 
-def joint(folder=None, seed=3):
+def joint(bridged, folder=None, seed=3):
     torch.set_default_dtype(torch.float64)
-    learner = compilation(seed=seed)
-    file = folder and folder / "guide.safetensors"
+    learner = compilation(seed=seed, bridged=bridged)
+    file = folder and folder / f"bridged {bridged}.safetensors"
     learner.run(Y.double(), num_updates=10, checkpoint=file)
     return learner
 
@@ -237,11 +248,12 @@ def joint(folder=None, seed=3):
 def train_in_one_of_two(folder):
     """Whatever the second process was seeded with, its stream is that of the first."""
     distributed.init_process_group("gloo")
-    learner = joint(folder, seed=3 + distributed.get_rank())
-    mine = torch.tensor(learner.history)
-    first = mine.clone()
-    distributed.broadcast(first, 0)
-    assert mine.equal(first)
+    for bridged in (True, False):
+        learner = joint(bridged, folder, seed=3 + distributed.get_rank())
+        mine = torch.tensor(learner.history)
+        first = mine.clone()
+        distributed.broadcast(first, 0)
+        assert mine.equal(first)
     learner.num_particles = 15
     with pytest.raises(ValueError, match="cannot be shared by 2 processes"):
         learner.step(Y.double())
@@ -250,13 +262,14 @@ def train_in_one_of_two(folder):
 
 def test_two_processes_make_the_run_of_one(tmp_path):
     torchrun("tests.inference.test_compilation", tmp_path)
-    one = joint()
-    two = compilation()
-    two.load(tmp_path / "guide.safetensors", Y.double())
-    torch.set_default_dtype(torch.float32)
-    assert two.history == pytest.approx(one.history, abs=1e-10)
-    assert_same(weights_of(two), weights_of(one), 1e-10)
-    assert_same(two.simulations.data, one.simulations.data)
+    for bridged in (False, True):
+        one = joint(bridged)
+        two = compilation(bridged=bridged)
+        two.load(tmp_path / f"bridged {bridged}.safetensors", Y.double())
+        torch.set_default_dtype(torch.float32)
+        assert two.history == pytest.approx(one.history, abs=1e-10)
+        assert_same(weights_of(two), weights_of(one), 1e-10)
+        assert_same(two.simulations.data, one.simulations.data)
 
 
 if __name__ == "__main__":
