@@ -161,12 +161,11 @@ class Setting:
         self.prior("x", label=wish)
 
 
-def regress(setting: Setting, draws: int, updates: int) -> float:
+def regress(setting: Setting, x_0: Tensor, updates: int) -> float:
     """V from rewards of the prior's draws, which are noised anew each time; returns its calls."""
     prior, rows = setting.prior, 512
-    with torch.no_grad(), pyro.plate("draws", rows):
-        x_0 = torch.cat([prior("x") for _ in range(draws // rows)])
-        rewards = setting.rewards(x_0).exp()
+    with torch.no_grad():
+        rewards = torch.cat([setting.rewards(part) for part in x_0.split(rows)]).exp()
     optimiser = torch.optim.AdamW(setting.scores.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=updates)
     losses: list[float] = []
@@ -184,7 +183,7 @@ def regress(setting: Setting, draws: int, updates: int) -> float:
         if (update + 1) % max(1, updates // 4) == 0:
             entropy = statistics.mean(losses[-(updates // 4) :])
             print(f"{update + 1} updates: cross entropy per wish {entropy:.4f}", flush=True)
-    return draws * prior.num_steps + 2 * setting.share() * rows * updates
+    return 2 * setting.share() * rows * updates
 
 
 def noised(prior: Diffusion, x_0: Tensor, times: Tensor) -> Tensor:
@@ -200,33 +199,49 @@ def rates(updates: int, network: float, scales: float) -> pyro.optim.PyroOptim:
     def settings(name: str) -> dict[str, float]:
         few = "gain" in name or "scale" in name
         rate = scales if few else network
-        return {"lr": rate, "lrd": 0.02 ** (1 / updates), "clip_norm": 1e9}
+        return {"lr": rate, "lrd": 0.02 ** (1 / max(updates, 1)), "clip_norm": 1e9}
 
     return pyro.optim.ClippedAdam(settings)
 
 
-def compile_guide(setting: Setting, updates: int) -> float:
-    """From four steps of each of 128 simulated paths an update; returns its calls."""
-    rows, steps, paths = 128, 4, 2048
-    learner = InferenceCompilation(
+def compilation(setting: Setting, optim: pyro.optim.PyroOptim, **options: Any) -> Any:
+    """A learner whose every update sees four steps."""
+    return InferenceCompilation(
         setting.simulated,
         setting.guide,
-        rates(updates, network=2e-4, scales=1e-2),
+        optim,
         data=("wish",),
-        num_paths=paths,
-        refresh=paths * setting.prior.num_steps // (rows * steps),  # every step is read once
-        num_particles=rows,
-        subsample=steps,
+        subsample=4,
         max_gradient_norm=300.0,
+        **options,
     )
+
+
+def learn(setting: Setting, learner: InferenceCompilation, updates: int) -> float:
+    """Returns the calls."""
     for update in range(updates):
         learner.step(torch.tensor(0))
         if (update + 1) % max(1, updates // 4) == 0:
             gained = -statistics.mean(learner.history[-(updates // 4) :])
-            print(
-                f"{update + 1} updates: log q - log p of simulated paths {gained:.2f}", flush=True
-            )
-    return learner.calls.network + 4 * setting.share() * rows * steps * updates
+            print(f"{update + 1} updates: log q - log p {gained:.2f}", flush=True)
+    return learner.calls.network + 4 * setting.share() * 4 * learner.num_particles * updates
+
+
+def denoise(setting: Setting, draws: int, regression: int, updates: int) -> float:
+    """From draws of the prior: their rewards first, then, noised, what they were; returns calls."""
+    optim = rates(updates, network=1e-3, scales=1e-2)
+    learner = compilation(setting, optim, num_paths=draws, num_particles=64, bridged=True)
+    learner.step(torch.tensor(0))  # which simulates
+    calls = regress(setting, learner.simulations.x[0]["x"], regression)
+    return calls + learn(setting, learner, updates)
+
+
+def compile_guide(setting: Setting, updates: int) -> float:
+    """From simulated paths, every step of which is read once; returns its calls."""
+    optim, paths, rows = rates(updates, network=2e-4, scales=1e-2), 2048, 128
+    refresh = paths * setting.prior.num_steps // (4 * rows)
+    learner = compilation(setting, optim, num_paths=paths, num_particles=rows, refresh=refresh)
+    return learn(setting, learner, updates)
 
 
 def balance(setting: Setting, updates: int) -> float:
@@ -435,8 +450,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--dataset", choices=DATASETS, default="digits")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--simulations", type=int, default=8192, help="draws to regress on")
-    parser.add_argument("--regression", type=int, default=1500, help="updates of it")
+    parser.add_argument("--simulations", type=int, default=8192, help="draws to learn from first")
+    parser.add_argument("--regression", type=int, default=1500, help="updates from their rewards")
+    parser.add_argument("--denoising", type=int, default=0, help="updates from what they were")
     parser.add_argument("--compilation", type=int, default=240, help="updates from paths")
     parser.add_argument("--updates", type=int, default=60, help="by trajectory balance")
     parser.add_argument("--draws", type=int, default=256, help="from each posterior")
@@ -455,7 +471,7 @@ def main() -> None:
         calls = stored["calls"]
         setting.parts.load_state_dict(stored["parts"])
     else:
-        calls = regress(setting, arguments.simulations, arguments.regression)
+        calls = denoise(setting, arguments.simulations, arguments.regression, arguments.denoising)
         calls += compile_guide(setting, arguments.compilation)
         calls += balance(setting, arguments.updates)
     if arguments.save is not None:

@@ -122,10 +122,11 @@ class InferenceCompilation(GuideLearner[float]):
         subsample: learn from so many random steps of them only, scaled up (None: all steps).
         max_gradient_norm: gradients are scaled down to it.
         bridged: of the trajectories keep x_0 only, noise it anew in every update, and integrate out
-            the noise of every step given both ends (Denker et al. 2024, arXiv 2406.01781).
-            Gradients of image guides have a hundredth of the variance, and means are learned for
-            priors whose transitions reverse the noising well; a guide can go on without it. Needs
-            normal transitions; scales learn only as much narrower as means have moved.
+            the noise of every step given both ends (Denker et al. 2024, arXiv 2406.01781), which is
+            most of the gradients' variance. What the prior's own steps do not get right looks like
+            data then: a beginning for guides with few ways to repair them, such as a ``Potential``,
+            and for priors of many steps, to be followed by trajectories. Needs normal transitions;
+            scales learn to be as much narrower as means have moved.
 
     Attributes:
         calls: of the prior's network, the simulations included.

@@ -32,6 +32,7 @@ PREPAID = "test_masked.py::test_fully_adapted_weights_are_functions_of_the_paren
 RESAMPLED = "test_masked.py::test_resampling_happens_on_what_is_prepaid[1.0]"
 GUIDE = "test_mixtures.py::test_one_particle_knows_the_evidence[no twist]"
 OWED = "test_smoothing.py::test_all_is_paid_in_the_end"
+BRIDGE = "test_bridges.py::test_the_posterior_is_where_the_gradient_vanishes"
 FENCE = "test_unbiased.py::test_hard_constraint[0]"
 
 
@@ -114,6 +115,20 @@ MUTANTS = (
         "return Move(x, torch.stack(ratios).sum(0))",
         "return Move(x, 0.0 * torch.stack(ratios).sum(0))",
         (GUIDE,),
+    ),
+    Mutant(
+        "bridges: the prior keeps its variance",
+        "inference/differences.py",
+        "_of_normals(one, other, mean, 1.0)",
+        "_of_normals(one, other, mean)",
+        (BRIDGE,),
+    ),
+    Mutant(
+        "bridges: they start at x_0",
+        "inference/bridges.py",
+        "x_0.expand(number, *x_0.shape), t, since=0)",
+        "x_0.expand(number, *x_0.shape), t)",
+        (BRIDGE,),
     ),
     Mutant(
         "conjugate proposal: determinant",
