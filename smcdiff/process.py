@@ -162,8 +162,13 @@ class Process(ABC):
     def register(self, name: str) -> None:
         """Makes trainable parameters known to Pyro (nothing to do for a frozen process)."""
 
-    def __call__(self, name: str, **context: Any) -> Any:
+    def __call__(self, name: str, *unnamed: Any, **context: Any) -> Any:
         """Declares the random variable ``name``; returns x_0 (for a Team, one x_0 per member)."""
+        if unnamed:
+            raise TypeError(
+                f"context is given by name, as in prior({name!r}, label=7), but {unnamed[0]!r} "
+                "came without one"
+            )
         if not isinstance(name, str) or not name:
             raise ValueError(f"a process needs a site name, as in prior('x'), but got {name!r}")
         self.register(name)

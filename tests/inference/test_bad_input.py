@@ -375,6 +375,11 @@ def test_process_without_a_name(name):
     refused("a process needs a site name", lambda: prior()(name))
 
 
+def test_context_without_a_name_is_refused():
+    with pytest.raises(TypeError, match=r"by name, as in prior\('x', label=7\), but 7 came"):
+        prior()("x", 7)
+
+
 def test_process_name_used_twice():
     refused("two processes are called 'x'", lambda: (prior()("x"), prior()("x")))
 
