@@ -7,11 +7,11 @@ r"""One guide for twelve wishes: a digit, an even one or an odd one, under a fro
 The reward of an image is what a classifier thinks of the likeliest digit of the wish,
 log r = max log p(digit | x) (Venkatraman et al. 2024, section 3.2). The guide climbs a potential
 V(x_t, t, wish), a small network beside the prior's. It learns log E[r(x_0) | x_t] of all wishes
-first, by logistic regression of the rewards of draws on those draws with noise; then, with the
-scales of its gradients, from simulated paths, whose wishes are drawn in proportion to their rewards
-(no mode is missed); and last by relative trajectory balance. Every rival gets for one posterior
-what it has cost for it: a twelfth of the learning, and the draws; DPS and LGD-MC, which have no use
-for more, get their draws.
+first, by logistic regression of the rewards of draws on those draws with noise; then, with a gain
+per step, from simulated paths, whose wishes are drawn in proportion to their rewards (no mode is
+missed); and last by relative trajectory balance. With `--denoising` it learns what noised draws
+were (`bridged`) before it sees paths. Every rival gets for one posterior what it has cost for it: a
+twelfth of the learning, and the draws; DPS and LGD-MC, which have no use for more, get their draws.
 
 DPS and LGD-MC are the look-ahead of `TwistedSMC` without weights, at a point and at eight draws of
 x_0. "Own label" is the prior with the label that it was trained with: what supervision achieves.
@@ -55,7 +55,7 @@ from smcdiff.inference import (
     TrustRegionTwistedSMC,
     TwistedSMC,
 )
-from smcdiff.models import Controlled, Diffusion, LearnedScale, Potential
+from smcdiff.models import Controlled, Diffusion, Potential
 from smcdiff.models.digits import load_digits_split
 from smcdiff.models.mnist import load_mnist
 from smcdiff.models.networks import Conditioning
@@ -126,9 +126,8 @@ class Setting:
     def __post_init__(self) -> None:
         self.scores = Scores(self.prior.event_shape[-1], self.prior.num_steps)
         potential = Potential(LogExpectedReward(self.scores), self.prior, label="wish")
-        scale = LearnedScale(self.prior.num_steps)
-        self.controlled = Controlled(self.prior, potential, scale=scale, reads=("wish",))
-        self.parts = nn.ModuleDict({"control": potential, "scale": scale})
+        self.controlled = Controlled(self.prior, potential, reads=("wish",))
+        self.parts = nn.ModuleDict({"control": potential})
 
     def share(self) -> float:
         """The operations of one call of the potential, as a share of those of the prior."""
@@ -193,12 +192,11 @@ def noised(prior: Diffusion, x_0: Tensor, times: Tensor) -> Tensor:
     return alpha * x_0 + sigma * torch.randn_like(x_0)
 
 
-def rates(updates: int, network: float, scales: float) -> pyro.optim.PyroOptim:
-    """Adam, down to a fiftieth of its rate; scales learn faster than networks."""
+def rates(updates: int, network: float, gains: float) -> pyro.optim.PyroOptim:
+    """Adam, down to a fiftieth of its rate; gains learn faster than networks."""
 
     def settings(name: str) -> dict[str, float]:
-        few = "gain" in name or "scale" in name
-        rate = scales if few else network
+        rate = gains if "gain" in name else network
         return {"lr": rate, "lrd": 0.02 ** (1 / max(updates, 1)), "clip_norm": 1e9}
 
     return pyro.optim.ClippedAdam(settings)
@@ -229,7 +227,7 @@ def learn(setting: Setting, learner: InferenceCompilation, updates: int) -> floa
 
 def denoise(setting: Setting, draws: int, regression: int, updates: int) -> float:
     """From draws of the prior: their rewards first, then, noised, what they were; returns calls."""
-    optim = rates(updates, network=1e-3, scales=1e-2)
+    optim = rates(updates, network=1e-3, gains=1e-2)
     learner = compilation(setting, optim, num_paths=draws, num_particles=64, bridged=True)
     learner.step(torch.tensor(0))  # which simulates
     calls = regress(setting, learner.simulations.x[0]["x"], regression)
@@ -238,7 +236,7 @@ def denoise(setting: Setting, draws: int, regression: int, updates: int) -> floa
 
 def compile_guide(setting: Setting, updates: int) -> float:
     """From simulated paths, every step of which is read once; returns its calls."""
-    optim, paths, rows = rates(updates, network=2e-4, scales=1e-2), 2048, 128
+    optim, paths, rows = rates(updates, network=2e-4, gains=1e-2), 2048, 128
     refresh = paths * setting.prior.num_steps // (4 * rows)
     learner = compilation(setting, optim, num_paths=paths, num_particles=rows, refresh=refresh)
     return learn(setting, learner, updates)
@@ -249,7 +247,7 @@ def balance(setting: Setting, updates: int) -> float:
     rtb = RelativeTrajectoryBalance(
         setting.model,
         setting.guide,
-        rates(updates, network=5e-5, scales=2e-3),
+        rates(updates, network=5e-5, gains=2e-3),
         evidence="vargrad",
         num_particles=PATHS,
         behaviours=(OnPolicy(), PriorPaths()),

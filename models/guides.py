@@ -144,6 +144,9 @@ class LearnedScale(nn.Module):
 
     .. math:: \rho_t = \exp(b \tanh(a_t / b)), \qquad a_t = 0 \text{ at first}.
 
+    A factor that is off by a small delta costs d delta^2 nats in d dimensions, at every step: for
+    images an optimiser that moves it by a hundredth does more harm than any variance is worth.
+
     Args:
         num_steps: T.
         bound: b.
