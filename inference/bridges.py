@@ -31,7 +31,7 @@ class Bridges:
         times: the steps.
 
     Raises:
-        ValueError: a process does not know the mean of x_{t-1} given x_0 and x_t, or cannot noise.
+        ValueError: a process does not say how x_t came from x_0.
     """
 
     def __init__(self, program: Program, x_0: States, times: Collection[int]) -> None:
@@ -47,7 +47,12 @@ class Bridges:
         return {t: self._split(states) for t, states in {0: self.x_0, **self.noisy}.items()}
 
     def compare(self, t: int, q: Laws, p: Laws) -> Float64[Tensor, " particle"]:
-        """The mean of log q - log p, of guide and model, given x_t and x_0."""
+        """The mean of log q - log p, of guide and model, given x_t and x_0.
+
+        Raises:
+            ValueError: a process does not know the mean of x_{t-1} given both.
+            TypeError: its transitions are not normal.
+        """
         means = {}
         for name, process in self.processes.items():
             mean = process.bridge(self.x_0[name], self.noisy[t][name], t)
