@@ -67,6 +67,7 @@ MEMBERS = torch.zeros(len(WISHES), 10, dtype=torch.bool)
 for _row, _digits in enumerate(WISHES.values()):
     MEMBERS[_row, _digits] = True
 RUNS, PROBLEMS, PATHS = 4, 8, 8  # an update takes 8 wishes and 8 trajectories for each
+READ = 4  # steps of every simulated path that an update sees
 COLUMNS = "reward | judge agrees | Frechet | distance | independent | log Z | calls"
 
 
@@ -202,27 +203,29 @@ def rates(updates: int, network: float, gains: float) -> pyro.optim.PyroOptim:
     return pyro.optim.ClippedAdam(settings)
 
 
-def compilation(setting: Setting, optim: pyro.optim.PyroOptim, **options: Any) -> Any:
-    """A learner whose every update sees four steps."""
+def compilation(
+    setting: Setting, optim: pyro.optim.PyroOptim, **options: Any
+) -> InferenceCompilation:
+    """A learner from what the model simulates."""
     return InferenceCompilation(
         setting.simulated,
         setting.guide,
         optim,
         data=("wish",),
-        subsample=4,
+        subsample=READ,
         max_gradient_norm=300.0,
         **options,
     )
 
 
 def learn(setting: Setting, learner: InferenceCompilation, updates: int) -> float:
-    """Returns the calls."""
+    """Simulates and updates; returns the calls."""
     for update in range(updates):
         learner.step(torch.tensor(0))
         if (update + 1) % max(1, updates // 4) == 0:
             gained = -statistics.mean(learner.history[-(updates // 4) :])
             print(f"{update + 1} updates: log q - log p {gained:.2f}", flush=True)
-    return learner.calls.network + 4 * setting.share() * 4 * learner.num_particles * updates
+    return learner.calls.network + 4 * setting.share() * READ * learner.num_particles * updates
 
 
 def denoise(setting: Setting, draws: int, regression: int, updates: int) -> float:
@@ -237,7 +240,7 @@ def denoise(setting: Setting, draws: int, regression: int, updates: int) -> floa
 def compile_guide(setting: Setting, updates: int) -> float:
     """From simulated paths, every step of which is read once; returns its calls."""
     optim, paths, rows = rates(updates, network=2e-4, gains=1e-2), 2048, 128
-    refresh = paths * setting.prior.num_steps // (4 * rows)
+    refresh = paths * setting.prior.num_steps // (READ * rows)
     learner = compilation(setting, optim, num_paths=paths, num_particles=rows, refresh=refresh)
     return learn(setting, learner, updates)
 

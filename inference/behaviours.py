@@ -178,12 +178,13 @@ def noise_backwards(pair: Pair, x0: dict[str, Tensor], begin: int) -> dict[int, 
     for t in range(begin + 1):
         if t > 0:
             states = {n: noised(p, states[n], t) for n, p in pair.model.processes.items()}
-        given[t] = {
-            member: x
-            for n, p in pair.model.processes.items()
-            for member, x in p.split(n, states[n]).items()
-        }
+        given[t] = by_member(pair.model.processes, states)
     return given
+
+
+def by_member(processes: Mapping[str, Process], states: Mapping[str, Tensor]) -> States:
+    """Each process's state split into those of its members."""
+    return {m: x for n, p in processes.items() for m, x in p.split(n, states[n]).items()}
 
 
 def noised(process: Process, x: Tensor, t: int, since: int | None = None) -> Tensor:

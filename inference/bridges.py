@@ -14,11 +14,11 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from smcdiff.process import Process
-from smcdiff.program import Program
 
 from . import ranks
-from .behaviours import noised
+from .behaviours import by_member, noised
 from .differences import expected_log_quotient
+from .pair import Pair
 from .trajectories import Laws, States
 
 
@@ -26,7 +26,7 @@ class Bridges:
     """Draws of x_0, and of x_t given x_0 at some steps.
 
     Args:
-        program: its processes go from x_t to x_0.
+        pair: its model's processes go from x_t to x_0.
         x_0: by member site.
         times: the steps.
 
@@ -34,9 +34,8 @@ class Bridges:
         ValueError: a process does not say how x_t came from x_0.
     """
 
-    def __init__(self, program: Program, x_0: States, times: Collection[int]) -> None:
-        self.processes = program.processes
-        self.x_0 = {n: _join(n, p, x_0) for n, p in self.processes.items()}
+    def __init__(self, pair: Pair, x_0: States, times: Collection[int]) -> None:
+        self.processes, self.x_0 = pair.model.processes, pair.joined(x_0)
         self.noisy = {
             t: {n: _noised(p, self.x_0[n], t) for n, p in self.processes.items()} for t in times
         }
@@ -44,7 +43,8 @@ class Bridges:
     @property
     def x(self) -> dict[int, States]:
         """The states by t and member site."""
-        return {t: self._split(states) for t, states in {0: self.x_0, **self.noisy}.items()}
+        states = {0: self.x_0, **self.noisy}
+        return {t: by_member(self.processes, each) for t, each in states.items()}
 
     def compare(self, t: int, q: Laws, p: Laws) -> Float64[Tensor, " particle"]:
         """The mean of log q - log p, of guide and model, given x_t and x_0.
@@ -62,20 +62,11 @@ class Bridges:
                     f"x_0 and x_{t} (bridge): leave bridged out"
                 )
             means[name] = mean
-        by_member = self._split(means)
-        terms = [expected_log_quotient(q[m], p[m], mean) for m, mean in by_member.items()]
-        return torch.stack(terms).sum(0)
-
-    def _split(self, states: dict[str, Tensor]) -> States:
-        processes = self.processes.items()
-        return {m: x for n, p in processes for m, x in p.split(n, states[n]).items()}
+        members = by_member(self.processes, means).items()
+        return torch.stack([expected_log_quotient(q[m], p[m], mean) for m, mean in members]).sum(0)
 
 
 def _noised(process: Process, x_0: Tensor, t: int) -> Tensor:
     """This process's rows of ``torchrun``, as if the whole batch had been noised at once."""
     rank, number = ranks.place()
     return noised(process, x_0.expand(number, *x_0.shape), t, since=0)[rank]
-
-
-def _join(name: str, process: Process, x: States) -> Tensor:
-    return process.join(name, {member: x[member] for member in process.members(name)})

@@ -194,7 +194,7 @@ class InferenceCompilation(GuideLearner[float]):
             times = (torch.randperm(len(times))[: self.subsample] + 1).tolist()
         x, compare = some.x, None
         if self.bridged:
-            bridges = Bridges(self.simulated.model, x[0], {*times, self.simulated.num_steps})
+            bridges = Bridges(self.simulated, x[0], {*times, self.simulated.num_steps})
             x, compare = bridges.x, bridges.compare
         walked = Trajectories(x, some.latents, rows, zero, {}, zero, {})
         start = self.simulated.ratios_again(walked, [], start=True)

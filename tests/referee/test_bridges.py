@@ -7,10 +7,9 @@ import torch
 from pyro import poutine
 from torch import nn
 
-from smcdiff.inference import SMC, InferenceCompilation
 from smcdiff.inference.bridges import Bridges
 from smcdiff.inference.differences import expected_log_quotient
-from smcdiff.inference.pair import leaves
+from smcdiff.inference.pair import Pair, leaves
 from smcdiff.models import (
     Controlled,
     Diffusion,
@@ -19,10 +18,9 @@ from smcdiff.models import (
     Team,
     VariancePreserving,
 )
-from smcdiff.program import Program
 
 from .checks import BOUND
-from .test_compilation import STEPS, Y, compilation, conditional, evidence, program, set_exact
+from .test_compilation import STEPS, Y, compilation, conditional, learned, program, set_exact
 
 SCHEDULE = VariancePreserving([0.3, 0.5, 0.8])
 
@@ -64,18 +62,8 @@ def test_the_posterior_is_where_the_gradient_vanishes():
 
 @pytest.mark.parametrize("subsample", [None, 2])
 def test_it_learns_the_posterior_of_every_y(subsample):
-    pyro.set_rng_seed(0)
-    process = reverse()
-    model, guide = program(process), conditional(process)
-    fading = pyro.optim.ClippedAdam({"lr": 0.15, "lrd": 0.96, "clip_norm": 1e9})
-    settings = {"num_paths": 8000, "num_particles": 4000, "subsample": subsample}
-    learner = InferenceCompilation(model, guide, fading, bridged=True, **settings)
-    learner.run(Y, num_updates=100)
+    learner = learned(reverse(), subsample=subsample, bridged=True)
     assert set(learner.simulations.x) == {0}
-    for y in (Y, Y - 2.0):
-        corrected = SMC(model, guide, num_particles=1000, ess_threshold=0.0).run(y)
-        assert corrected.particles.ess > 985
-        assert float(corrected.log_evidence) == pytest.approx(float(evidence(process, y)), abs=0.02)
 
 
 def test_bridges_of_a_chain_are_its_paths():
@@ -83,7 +71,8 @@ def test_bridges_of_a_chain_are_its_paths():
     pyro.set_rng_seed(1)
     process, number = reverse(), 200_000
     x_0 = torch.randn(number, 1)
-    bridges = Bridges(Program(program(process), (Y,)), {"x": x_0}, [2])
+    pair = Pair(program(process), conditional(process), (Y,), {})
+    bridges = Bridges(pair, {"x": x_0}, [2])
     x_2 = bridges.x[2]["x"]
     mean = process.bridge(x_0, x_2, 2)
     grid, size = process.grid, number**0.5
@@ -103,7 +92,7 @@ def test_a_team_has_the_bridges_of_its_agents():
         both = team("team")
         pyro.sample("y", dist.Normal(both["a"] + both["b"], 0.5).to_event(1), obs=y)
 
-    class Zero(nn.Module):
+    class Slope(nn.Module):
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(2))
@@ -111,21 +100,14 @@ def test_a_team_has_the_bridges_of_its_agents():
         def forward(self, x, t, denoised, y):
             return self.weight * y + 0 * x
 
-    controlled = Controlled(team, Zero(), reads=("y",))
+    controlled = Controlled(team, Slope(), reads=("y",))
     learner = compilation(model, lambda y=Y: controlled("team", y=y), lr=0.1, bridged=True)
     learner.run(Y, num_updates=30)
     assert sum(learner.history[-10:]) < -0.1
 
 
-def masked():
-    def network(tokens):
-        return torch.zeros(*tokens.shape, 3)
-
-    return MaskedDiffusion(network, 2, 3, num_steps=2)
-
-
 def test_what_has_no_bridge_is_refused():
-    tokens = masked()
+    tokens = MaskedDiffusion(lambda x: torch.zeros(*x.shape, 3), 2, 3, num_steps=2)
 
     def words(y=Y):
         x = tokens("x")

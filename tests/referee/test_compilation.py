@@ -166,20 +166,25 @@ def test_gradient_is_that_of_the_loss():
             assert float(gradient.view(-1)[k]) == pytest.approx(numeric, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("subsample", [None, 2])
-def test_it_learns_the_posterior_of_every_y(subsample):
+def learned(process, **options):
     """Weights of single particles know whether every kernel is right."""
     pyro.set_rng_seed(0)
-    process = large()
     model, guide = program(process), conditional(process)
     fading = pyro.optim.ClippedAdam({"lr": 0.15, "lrd": 0.96, "clip_norm": 1e9})
-    settings = {"num_paths": 8000, "num_particles": 4000, "subsample": subsample}
+    settings = {"num_paths": 8000, "num_particles": 4000, **options}
     learner = InferenceCompilation(model, guide, fading, **settings)
     learner.run(Y, num_updates=100)
     for y in (Y, Y - 2.0):
         corrected = SMC(model, guide, num_particles=1000, ess_threshold=0.0).run(y)
         assert corrected.particles.ess > 985
         assert float(corrected.log_evidence) == pytest.approx(float(evidence(process, y)), abs=0.02)
+    return learner
+
+
+@pytest.mark.parametrize("subsample", [None, 2])
+def test_it_learns_the_posterior_of_every_y(subsample):
+    process = large()
+    learner = learned(process, subsample=subsample)
     information = 0.5 * math.log(1 + GAIN**2 * float(moments(process)[1]) / NOISE**2)
     last = torch.tensor(learner.history[-20:])
     error = float(last.std()) / 20**0.5  # which steps were drawn; 0.01 is that of the paths
