@@ -35,6 +35,7 @@ from typing import Any
 
 import pyro
 import torch
+from damage import Task, box, enlarge, rank
 from torch import Tensor, nn
 from wishes import strips
 
@@ -49,40 +50,9 @@ from smcdiff.inference import (
 )
 from smcdiff.models import Controlled, Diffusion, LearnedScale, Preconditioned
 from smcdiff.models.networks import ResidualMLP, UNet
-from smcdiff.restoration import DATASETS, Model, missing_box, reduce, super_resolution
+from smcdiff.restoration import DATASETS
 
 NOISE, RUNS, BINS = 0.05, 4, 5
-
-
-@dataclass(frozen=True)
-class Task:
-    """A linear map of images, its pseudo-inverse, the program that observes, and what is unseen."""
-
-    forward: Callable[[Tensor], Tensor]
-    back: Callable[[Tensor], Tensor]
-    model: Model
-    unseen: Tensor
-
-    def observe(self, truth: Tensor) -> Tensor:
-        clean = self.forward(truth)
-        return clean + NOISE * torch.randn_like(clean)
-
-
-def task_named(name: str, prior: Diffusion, seen: Tensor) -> Task:
-    if name == "enlarge":
-        model, unseen = super_resolution(prior, 4, NOISE), torch.ones_like(seen)
-        return Task(lambda x: reduce(x, 4), repeat, model, unseen)
-
-    def into_image(y: Tensor) -> Tensor:
-        image = y.new_zeros(*y.shape[:-1], *seen.shape)
-        image[..., seen] = y
-        return image
-
-    return Task(lambda x: x[..., seen], into_image, missing_box(prior, seen, NOISE), ~seen)
-
-
-def repeat(y: Tensor) -> Tensor:
-    return y.repeat_interleave(4, -1).repeat_interleave(4, -2)
 
 
 class Conditional(nn.Module):
@@ -209,12 +179,6 @@ class Record:
     spread: list[float] = field(default_factory=list)
     calls: list[float] = field(default_factory=list)
     reliable: int = 0
-
-
-def rank(values: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
-    """The truth's place among weighted draws, from 0 to 1; a tie is broken at random."""
-    below = (weights[:, None] * (values <= truth)).sum(0)
-    return below - (weights[:, None] * (values == truth)).sum(0) * torch.rand_like(below)
 
 
 @dataclass
@@ -387,7 +351,9 @@ def main() -> None:
     pyro.set_rng_seed(0)
     dataset = DATASETS[arguments.dataset]
     prior = dataset.prior(arguments.steps, spacing="log_snr")  # type: ignore[call-arg]
-    task = task_named(arguments.task, prior, dataset.seen)
+    task = box(prior, dataset.seen, NOISE)
+    if arguments.task == "enlarge":
+        task = enlarge(prior, 4, NOISE)
     learned = make_guide(prior, task, arguments.width)
     start = time.process_time()
     learn(task, learned, arguments)

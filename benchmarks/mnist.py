@@ -24,13 +24,13 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
+from damage import Task, box, enlarge, rank
 from torch import Tensor
 
 from smcdiff import Posterior
@@ -38,39 +38,13 @@ from smcdiff.inference import SMC, TwistedSMC
 from smcdiff.models import Diffusion
 from smcdiff.models.digits import load_digits_split
 from smcdiff.models.mnist import load_mnist
-from smcdiff.restoration import DATASETS, Dataset, Model, missing_box, reduce, super_resolution
+from smcdiff.restoration import DATASETS, Dataset
 
 COVARIANCES = ("none", "scalar", "diagonal")
 
 
-@dataclass(frozen=True)
-class Task:
-    """An operator on images, and the program that observes through it."""
-
-    name: str
-    noise: float
-    forward: Callable[[Tensor], Tensor]
-    model: Model
-    unseen: Tensor
-
-    def observe(self, truth: Tensor) -> Tensor:
-        clean = self.forward(truth)
-        return clean + self.noise * torch.randn_like(clean)
-
-
 def tasks(dataset: Dataset, prior: Diffusion, noise: float) -> list[Task]:
-    seen, factor = dataset.seen.to(prior.device), dataset.reduction or 2
-    everything = torch.ones_like(seen)
-    return [
-        Task("box", noise, lambda x: x[..., seen], missing_box(prior, seen, noise), ~seen),
-        Task(
-            "enlarge",
-            noise,
-            lambda x: reduce(x, factor),
-            super_resolution(prior, factor, noise),
-            everything,
-        ),
-    ]
+    return [box(prior, dataset.seen, noise), enlarge(prior, dataset.reduction or 2, noise)]
 
 
 def real_images(name: str, number: int, device: str) -> tuple[Tensor, Tensor]:
@@ -245,10 +219,8 @@ def coverage(dataset: Dataset, prior: Diffusion, arguments: argparse.Namespace) 
                 "logit": lambda v: judge(v)[..., 3:4],
             }
             for name, function in functionals.items():
-                below = (weights[:, None] * (function(x) <= function(truth))).sum(0)
-                equal = (weights[:, None] * (function(x) == function(truth))).sum(0)
-                rank = below - equal * torch.rand_like(below)
-                inside[name].append(float(((rank > 0.05) & (rank < 0.95)).double().mean()))
+                ranks = rank(function(x), function(truth), weights)
+                inside[name].append(float(((ranks > 0.05) & (ranks < 0.95)).double().mean()))
         shares = " | ".join(f"{statistics.mean(values):.3f}" for values in inside.values())
         print(f"| {task.name} | {shares} | {reliable} of {arguments.coverage} |", flush=True)
 
