@@ -1,7 +1,7 @@
 r"""One guide for twelve wishes: a digit, an even one or an odd one, under a frozen prior of images.
 
     python benchmarks/rtb_images.py                   # 8x8 digits: minutes
-    python benchmarks/rtb_images.py --dataset mnist   # an hour
+    python benchmarks/rtb_images.py --dataset mnist   # two hours, of which half is learning
     python benchmarks/rtb_images.py --save guide.pt   # and --load guide.pt: without learning again
 
 The reward of an image is what a classifier thinks of the likeliest digit of the wish,
@@ -9,9 +9,10 @@ log r = max log p(digit | x) (Venkatraman et al. 2024, section 3.2). The guide c
 V(x_t, t, wish), a small network beside the prior's. It learns log E[r(x_0) | x_t] of all wishes
 first, by logistic regression of the rewards of draws on those draws with noise; then, with a gain
 per step, from simulated paths, whose wishes are drawn in proportion to their rewards (no mode is
-missed); and last by relative trajectory balance. With `--denoising` it learns what noised draws
-were (`bridged`) before it sees paths. Every rival gets for one posterior what it has cost for it: a
-twelfth of the learning, and the draws; DPS and LGD-MC, which have no use for more, get their draws.
+missed); and last by relative trajectory balance. On MNIST it learns what noised draws were
+(`bridged`, `--denoising`) before it sees paths. Every rival gets for one posterior what it has cost
+for it: a twelfth of the learning, and the draws; DPS and LGD-MC, which have no use for more, get
+their draws.
 
 DPS and LGD-MC are the look-ahead of `TwistedSMC` without weights, at a point and at eight draws of
 x_0. "Own label" is the prior with the label that it was trained with: what supervision achieves.
@@ -68,6 +69,10 @@ for _row, _digits in enumerate(WISHES.values()):
     MEMBERS[_row, _digits] = True
 RUNS, PROBLEMS, PATHS = 4, 8, 8  # an update takes 8 wishes and 8 trajectories for each
 READ = 4  # steps of every simulated path that an update sees
+SIZES = {
+    "digits": {"steps": 20, "regression": 1500, "denoising": 0, "compilation": 240, "updates": 60},
+    "mnist": {"steps": 50, "regression": 1000, "denoising": 700, "compilation": 300, "updates": 30},
+}
 COLUMNS = "reward | judge agrees | Frechet | distance | independent | log Z | calls"
 
 
@@ -450,18 +455,22 @@ def picture(path: Path, found: dict[str, Found]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--dataset", choices=DATASETS, default="digits")
-    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--simulations", type=int, default=8192, help="draws to learn from first")
-    parser.add_argument("--regression", type=int, default=1500, help="updates from their rewards")
-    parser.add_argument("--denoising", type=int, default=0, help="updates from what they were")
-    parser.add_argument("--compilation", type=int, default=240, help="updates from paths")
-    parser.add_argument("--updates", type=int, default=60, help="by trajectory balance")
+    sizes = parser.add_argument_group("sizes, the data's own unless given")
+    sizes.add_argument("--steps", type=int, help="of the chain")
+    sizes.add_argument("--regression", type=int, help="updates from the draws' rewards")
+    sizes.add_argument("--denoising", type=int, help="updates from what the draws were")
+    sizes.add_argument("--compilation", type=int, help="updates from paths")
+    sizes.add_argument("--updates", type=int, help="by trajectory balance")
     parser.add_argument("--draws", type=int, default=256, help="from each posterior")
     parser.add_argument("--wishes", nargs="+", choices=WISHES, default=["3", "7", "even", "odd"])
     parser.add_argument("--save", type=Path, help="the guide, once it has learned")
     parser.add_argument("--load", type=Path, help="a guide that was saved")
     parser.add_argument("--picture", type=Path, help="a PNG of draws for the first wish")
     arguments = parser.parse_args()
+    for name, size in SIZES[arguments.dataset].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, size)
     torch.set_num_threads(1)
     pyro.set_rng_seed(0)
     dataset, start = DATASETS[arguments.dataset], time.process_time()
