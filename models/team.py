@@ -157,16 +157,17 @@ class Team(Process):
         if all(isinstance(b, torch.distributions.Categorical) for b in bases):
             logits = torch.cat([b.logits for b in bases], -2)
             return dist.Categorical(logits=logits, validate_args=False).to_event(1)
+        if not all(isinstance(b, torch.distributions.Normal | CovariantNormal) for b in bases):
+            kinds = sorted({type(b).__name__ for b in bases})
+            raise ValueError(
+                "a Team joins normal transitions, or those of tokens revealed independently "
+                f"(reveal='independent'), but at {where} they are {kinds}: declare the processes "
+                "one by one in the program instead"
+            )
         means = [_flat(law.mean, dim) for law, dim in zip(laws, dims, strict=True)]
         if any(isinstance(b, CovariantNormal) for b in bases):
             blocks = [_low_rank(law, dim) for law, dim in zip(laws, dims, strict=True)]
             return CovariantNormal(torch.cat(means, -1), *_block_diagonal(blocks))
-        if not all(isinstance(b, torch.distributions.Normal) for b in bases):
-            kinds = sorted({type(b).__name__ for b in bases})
-            raise ValueError(
-                f"a Team's processes must have transitions of one kind, but at {where} they are "
-                f"{kinds}: declare them one by one in the program instead"
-            )
         scales = [_flat(law.stddev, dim) for law, dim in zip(laws, dims, strict=True)]
         return dist.Normal(torch.cat(means, -1), torch.cat(scales, -1)).to_event(1)
 

@@ -31,11 +31,11 @@ def mixture(**options):
     )
 
 
-def tokens(length=3):
+def tokens(length=3, **options):
     def network(x):
         return torch.zeros(*x.shape, 4) + torch.arange(4) * 0.3
 
-    return MaskedDiffusion(network, length, 4, num_steps=STEPS)
+    return MaskedDiffusion(network, length, 4, num_steps=STEPS, **options)
 
 
 def states(team, t, batch=5):
@@ -126,11 +126,17 @@ def test_who_cannot_stand_together(make, match):
         make()
 
 
-def test_transitions_of_two_kinds_are_refused():
-    team = Team({"a": gaussian(), "b": mixture(variance="mixture")})
-    with pytest.raises(
-        ValueError, match=r"at step t = 4 they are \['MixtureSameFamily', 'Normal'\]"
-    ):
+@pytest.mark.parametrize(
+    ("agents", "kinds"),
+    [
+        ((gaussian(), mixture(variance="mixture")), "'MixtureSameFamily', 'Normal'"),
+        ((tokens(4, reveal="even"), tokens(4, reveal="even")), "'EvenReveal'"),
+    ],
+    ids=["two kinds", "tokens revealed together"],
+)
+def test_transitions_that_cannot_be_joined_are_refused(agents, kinds):
+    team = Team(dict(zip("ab", agents, strict=True)))
+    with pytest.raises(ValueError, match=rf"at step t = 4 they are \[{kinds}\]: declare"):
         team.kernel(team.initial().expand([2]).sample(), STEPS)
 
 
